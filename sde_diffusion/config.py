@@ -1,0 +1,273 @@
+"""Where a config meets the library: every key with its default, their check, and the objects they stand for.
+
+A config file returns `experiment(section=dict(key=value))`; all other keys keep the values written here.
+"""
+
+import dataclasses
+import inspect
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict, config_dict
+
+from sde_diffusion import models
+from sde_diffusion.losses import LOG_SNR_WEIGHTS, TIME_WEIGHTS, dsm_loss, weighted_loss
+from sde_diffusion.prediction import NOISE_LABELS, PREDICTIONS, as_score, lookup
+from sde_diffusion.samplers import sample_ode, sample_pc, sample_sde
+from sde_diffusion.samplers import ode, pc, sde as reverse
+from sde_diffusion.samplers.grid import GRIDS, check_t_end
+from sde_diffusion.sde import SDE, SDES, check
+
+SAMPLERS = {"ode": (sample_ode, ode.METHODS), "sde": (sample_sde, reverse.METHODS), "pc": (sample_pc, pc.PREDICTORS)}
+
+
+def defaults() -> dict[str, Any]:
+    """Every key but the options of the SDE and the network, which are their constructors' arguments."""
+    return {
+        "seed": 0,
+        "data": {
+            "name": "digits",  # digits, gaussian_mixture_2d, a TFDS name, an .npz file or a folder of images
+            "data_dir": config_dict.placeholder(str),  # of TFDS; None: TFDS_DATA_DIR, then ~/tensorflow_datasets
+            "image_size": config_dict.placeholder(int),  # crop and resize; None: as stored
+            "channels": config_dict.placeholder(int),  # 1 or 3; None: as stored
+            "flip": False,  # random horizontal flips
+            "centered": True,  # pixels in [-1, 1], not [0, 1]
+        },
+        "sde": {"name": "vp"},
+        "model": {"name": "unet"},
+        "prediction": {
+            "kind": "eps",  # eps, x0, v, score or edm
+            "noise_label": config_dict.placeholder(str),  # t, log_sigma, log_snr or edm; None: edm with edm, else t
+            "sigma_data": 0.5,  # standard deviation of the scaled data, for edm
+        },
+        "loss": {
+            "name": "weighted",  # weighted (1/2 w(lambda) (-dlambda/dt) |eps - eps_hat|^2) or dsm
+            "weight": "elbo",  # weighted: elbo, simple, edm, sigmoid, ...; dsm: sigma2 or likelihood
+            "times": "log_snr",  # how times are drawn: uniform or log_snr
+        },
+        "optim": {
+            "lr": 2e-4,
+            "beta1": 0.9,
+            "beta2": 0.999,
+            "eps": 1e-8,
+            "warmup_steps": 1000,
+            "grad_clip": 1.0,  # global norm; 0: none
+            "ema_decay": 0.999,  # after a warm-up of (1 + step) / (10 + step)
+        },
+        "train": {
+            "batch_size": 128,  # global: all devices and hosts together
+            "num_steps": 1000,
+            "log_every": 50,
+            "sample_every": 1000,
+            "checkpoint_every": 1000,
+            "keep_checkpoints": 2,
+            "label_dropout": 0.1,  # share of labels dropped, for networks with num_classes
+            "max_bad_steps": 10,  # updates in a row with a non-finite loss before the run stops
+        },
+        "sample": {
+            "sampler": "ode",  # ode, sde or pc
+            "method": "heun",  # of the sampler; for pc the predictor
+            "corrector": "langevin",  # of pc
+            "snr": 0.16,  # of pc
+            "corrector_steps": 1,  # of pc
+            "num_steps": 18,
+            "grid": "edm",
+            "t_end": config_dict.placeholder(float),  # None: the SDE's t_min
+            "denoise": True,
+            "num": 1024,
+            "batch_size": 512,
+            "seed": 0,
+        },
+        "eval": {
+            "batch_size": 256,
+            "num_examples": config_dict.placeholder(int),  # of the held-out set; None: all of it
+            "trace": "hutchinson",
+            "num_probes": 1,
+            "rtol": 1e-3,
+            "atol": 1e-3,
+            "t_end": config_dict.placeholder(float),  # None: the SDE's t_min
+            "gaussian_mixture": False,  # also fit scikit-learn's Gaussian mixtures to the training set, for comparison
+            "seed": 0,
+        },
+    }
+
+
+# A run may go on with other values of these; every other key is part of what its checkpoints mean.
+FREE = ("sample", "eval", "train.num_steps", "train.log_every", "train.sample_every", "train.checkpoint_every",
+        "train.keep_checkpoints", "train.max_bad_steps", "data.data_dir")  # fmt: skip
+
+
+def _options(cls) -> dict[str, Any]:
+    """The options of a dataclass or Linen module with their defaults, as plain config values."""
+    out = {}
+    for field in dataclasses.fields(cls):
+        if field.init and field.name not in ("parent", "name"):  # these two are Linen's own
+            kind = float if "float" in str(field.type) else int
+            out[field.name] = config_dict.placeholder(kind) if field.default is None else field.default
+    return out
+
+
+def experiment(**sections) -> ConfigDict:
+    """The whole config: defaults, the options of the named SDE and network, and on top the values given here.
+
+    Raises:
+      ValueError: an unknown section or key, listing the known ones.
+    """
+    full = defaults()
+    for section, table in (("sde", SDES), ("model", models.MODELS)):
+        name = sections.get(section, {}).get("name", full[section]["name"])
+        full[section] = {"name": name, **_options(lookup(table, name, section))}
+    for section, values in sections.items():
+        check(section in full, f"unknown config section {section!r}; choose one of {', '.join(full)}")
+        if not isinstance(values, dict):
+            full[section] = values
+            continue
+        for key, value in values.items():
+            check(key in full[section], _unknown_key(section, key, full[section]))
+            full[section][key] = value
+    return ConfigDict(full)
+
+
+def _unknown_key(section, key, known) -> str:
+    return f"unknown config key '{section}.{key}'; {section} has {', '.join(sorted(known))}"
+
+
+def load(path: Path) -> ConfigDict:
+    """A config from the JSON that `save` wrote.
+
+    Raises:
+      ValueError: not a JSON object of known keys.
+    """
+    try:
+        plain = json.loads(path.read_text())
+        return experiment(**plain)
+    except (json.JSONDecodeError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is not a config written by this program ({error}); delete or restore it") from None
+
+
+def to_json(config: ConfigDict) -> str:
+    """The config as indented JSON, tuples as lists."""
+    return json.dumps(config.to_dict(), indent=2, sort_keys=True, default=list) + "\n"
+
+
+def differences(config: ConfigDict, saved: ConfigDict) -> list[str]:
+    """'key: saved value -> new value' for each key that a run cannot change half-way."""
+    new, old = (json.loads(to_json(c)) for c in (config, saved))
+    flat_new, flat_old = _flatten(new), _flatten(old)
+    out = []
+    for key in sorted(flat_new.keys() | flat_old.keys()):
+        free = any(key == f or key.startswith(f + ".") for f in FREE)
+        if not free and flat_new.get(key) != flat_old.get(key):
+            out.append(f"{key}: {flat_old.get(key)} -> {flat_new.get(key)}")
+    return out
+
+
+def _flatten(tree, prefix=""):
+    out = {}
+    for key, value in tree.items():
+        out.update(_flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
+    return out
+
+
+def validate(config: ConfigDict) -> None:
+    """Raises a one-line ValueError for every wrong value that can be seen without data, files or devices."""
+    known = experiment(
+        sde={"name": config.get("sde", {}).get("name", "vp")}, model={"name": config.get("model", {}).get("name", "unet")}
+    )
+    for section in config:
+        check(section in known, f"unknown config section {section!r}; choose one of {', '.join(known)}")
+        if isinstance(known[section], ConfigDict):
+            for key in config[section]:
+                check(key in known[section], _unknown_key(section, key, known[section]))
+    for section in known:
+        check(section in config, f"config section {section!r} is missing; build the config with experiment(...)")
+        if isinstance(known[section], ConfigDict):
+            for key in known[section]:
+                check(key in config[section], f"config key '{section}.{key}' is missing; build the config with experiment(...)")
+    sde = build_sde(config)
+    models.build(config.model.name, **_model_options(config))
+    as_score(lambda x, c: x, sde, **_prediction_options(config))
+    losses = {"weighted": {**LOG_SNR_WEIGHTS, **TIME_WEIGHTS}, "dsm": {k: TIME_WEIGHTS[k] for k in ("sigma2", "likelihood")}}
+    lookup(lookup(losses, config.loss.name, "loss.name"), config.loss.weight, f"weight of the {config.loss.name} loss")
+    lookup({"uniform": 0, "log_snr": 0}, config.loss.times, "loss.times")
+    lookup(lookup(SAMPLERS, config.sample.sampler, "sample.sampler")[1], config.sample.method, f"method of the {config.sample.sampler} sampler")
+    if config.sample.sampler == "pc":
+        lookup(pc.CORRECTORS, config.sample.corrector, "sample.corrector")
+    lookup(GRIDS, config.sample.grid, "sample.grid")
+    lookup({"hutchinson": 0, "exact": 0}, config.eval.trace, "eval.trace")
+    check_t_end(sde, config.sample.t_end)
+    check_t_end(sde, config.eval.t_end)
+    for key in ("train.batch_size", "train.num_steps", "train.log_every", "train.sample_every", "train.checkpoint_every",
+                "train.keep_checkpoints", "train.max_bad_steps", "sample.num_steps", "sample.num", "sample.batch_size",
+                "eval.batch_size", "eval.num_probes"):  # fmt: skip
+        section, name = key.split(".")
+        value = config[section][name]
+        check(isinstance(value, int) and value >= 1, f"{key}={value!r} must be an integer of at least 1")
+    for key in ("optim.lr", "optim.eps", "sample.snr", "eval.rtol", "eval.atol", "prediction.sigma_data"):
+        section, name = key.split(".")
+        check(config[section][name] > 0, f"{key}={config[section][name]!r} must be positive")
+    for key in ("optim.beta1", "optim.beta2", "optim.ema_decay", "train.label_dropout"):
+        section, name = key.split(".")
+        check(0 <= config[section][name] < 1, f"{key}={config[section][name]!r} must be in [0, 1)")
+    for key in ("optim.warmup_steps", "optim.grad_clip", "sample.corrector_steps"):
+        section, name = key.split(".")
+        check(config[section][name] >= 0, f"{key}={config[section][name]!r} must be at least 0")
+    n = config.eval.num_examples
+    check(n is None or n >= 1, f"eval.num_examples={n} must be at least 1, or None for the whole held-out set")
+
+
+def build_sde(config: ConfigDict) -> SDE:
+    """The SDE of the config."""
+    return _construct(lookup(SDES, config.sde.name, "sde"), config.sde, "sde")
+
+
+def _construct(cls, section, kind):
+    options = {k: v for k, v in section.items() if k != "name"}
+    known = inspect.signature(cls).parameters
+    for key in options:
+        check(key in known, f"{kind} {section.name!r} has no option {key!r}; it has {', '.join(known)} "
+              f"(to change {kind}.name, start from a config of that {kind})")  # fmt: skip
+    return cls(**options)
+
+
+def _model_options(config):
+    return {k: tuple(v) if isinstance(v, (list, tuple)) else v for k, v in config.model.items() if k != "name"}
+
+
+def _prediction_options(config):
+    p = config.prediction
+    return {"prediction": p.kind, "noise_label": p.noise_label, "sigma_data": p.sigma_data}
+
+
+def build_model(config: ConfigDict):
+    """The network of the config, a Linen module."""
+    return models.build(config.model.name, **_model_options(config))
+
+
+def build_score(config: ConfigDict, params, labels=None, **apply_options):
+    """The score function of the config's network with the given parameters (and labels, for conditional networks)."""
+    network = jax.tree_util.Partial(build_model(config).apply, {"params": params}, labels=labels, **apply_options)
+    return as_score(network, build_sde(config), **_prediction_options(config))
+
+
+def build_loss(config: ConfigDict):
+    """The loss of the config: (score_fn, sde, key, x0) -> (loss (B,), times (B,))."""
+    options = {"times": config.loss.times, "return_times": True}
+    if config.loss.name == "dsm":
+        return jax.tree_util.Partial(lambda *a: dsm_loss(*a, weighting=config.loss.weight, **options))
+    return jax.tree_util.Partial(lambda *a: weighted_loss(*a, weight=config.loss.weight, **options))
+
+
+def build_sampler(config: ConfigDict):
+    """The sampler of the config: (score_fn, key, shape) -> samples."""
+    c = config.sample
+    fn = SAMPLERS[c.sampler][0]
+    options = {"num_steps": c.num_steps, "grid": c.grid, "t_end": c.t_end, "denoise": c.denoise}
+    if c.sampler == "pc":
+        options |= {"predictor": c.method, "corrector": c.corrector, "snr": c.snr, "corrector_steps": c.corrector_steps}
+    else:
+        options["method"] = c.method
+    sde = build_sde(config)
+    return lambda score_fn, key, shape: fn(score_fn, sde, key, shape, **options)

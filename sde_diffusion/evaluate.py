@@ -1,0 +1,201 @@
+"""What a trained network is worth: held-out bits/dim, samples, and how far they are from the data."""
+
+import json
+import math
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from sde_diffusion import config as configs
+from sde_diffusion import data, report, sharding
+from sde_diffusion.analytic import GaussianMixture
+from sde_diffusion.likelihood import log_likelihood
+
+
+def _score(config, params, n):
+    """The score function of the network; a conditional one gets, for every example, the label that means "none"."""
+    num_classes = config.model.get("num_classes")
+    labels = None if num_classes is None else jnp.full((n,), num_classes)
+    return configs.build_score(config, params, labels)
+
+
+def sample(
+    config: ConfigDict, params, mesh, event_shape: tuple[int, ...], *, num: int, seed: int
+) -> np.ndarray:
+    """`num` samples `(num, *event)` in model space by the config's sampler, in batches split over the mesh.
+
+    A conditional network gets the classes in turn.
+    """
+    sampler = configs.build_sampler(config)
+    batch = min(config.sample.batch_size, -(-num // mesh.devices.size) * mesh.devices.size)
+    num_classes = config.model.get("num_classes")
+    labels = None if num_classes is None else jnp.arange(batch) % num_classes
+
+    @jax.jit
+    def draw(params, key):
+        x = sampler(configs.build_score(config, params, labels), key, (batch, *event_shape))
+        return jax.lax.with_sharding_constraint(x, sharding.by_batch(mesh))
+
+    key = jax.random.key(seed)
+    parts = [draw(params, jax.random.fold_in(key, i)) for i in range(-(-num // batch))]
+    return np.concatenate([_to_host(p) for p in parts])[:num]
+
+
+def _to_host(x: jax.Array) -> np.ndarray:
+    if jax.process_count() == 1:
+        return np.asarray(x)
+    from jax.experimental import multihost_utils
+
+    return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+
+
+def save_samples(path: Path, samples: np.ndarray, scaler: data.Scaler, dataset: data.Dataset, metrics=None, step=0) -> None:
+    """A picture of samples in model space: a grid of images, or a scatter plot over the data for points in the plane."""
+    if jax.process_index() != 0:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if len(dataset.event_shape) == 3:
+        grid = report.image_grid(np.asarray(scaler.to_uint8(samples[:100])))
+        report.save_image(path, grid)
+        if metrics is not None:
+            metrics.image(step, "samples", grid)
+    elif dataset.event_shape == (2,):
+        report.save_scatter(path, samples, np.asarray(dataset.test[:2000]))
+
+
+def bits_per_dim(config: ConfigDict, params, mesh, scaler: data.Scaler, examples) -> dict[str, float]:
+    """Bits/dim of `examples` by the probability-flow ODE down to t_end, with its standard error over the examples.
+
+    Integer levels are dequantized uniformly, one draw each: an upper bound on the discrete code length.
+    Covers exactly the given examples: the last batch is padded, and the padding masked.
+
+    Raises:
+      FloatingPointError: an example whose likelihood is not finite, by number.
+    """
+    c = config.eval
+    sde = configs.build_sde(config)
+    # No larger than the data needs, and a multiple of the devices.
+    batch_size = min(c.batch_size, -(-len(examples) // mesh.devices.size) * mesh.devices.size)
+
+    @jax.jit
+    def log_prob(params, key, levels):
+        key_x, key_probe = jax.random.split(key)
+        return log_likelihood(
+            # One example at a time under vmap, so one label.
+            _score(config, params, 1), sde, key_probe, scaler.dequantize(key_x, levels),
+            trace=c.trace, num_probes=c.num_probes, rtol=c.rtol, atol=c.atol, t_end=c.t_end,
+        )  # fmt: skip
+
+    key = jax.random.key(c.seed)
+    shard = (jax.process_index(), jax.process_count())
+    values = []
+    for i, (batch, mask) in enumerate(data.eval_batches(examples, batch_size, shard=shard)):
+        out = _to_host(log_prob(params, jax.random.fold_in(key, i), sharding.put_batch(mesh, batch)))
+        values.append(out[_to_host(sharding.put_batch(mesh, mask))])
+    num_dims = math.prod(examples.shape[1:])
+    bits = np.asarray(scaler.bits_per_dim(np.concatenate(values), num_dims), np.float64)
+    bad = np.flatnonzero(~np.isfinite(bits))
+    if len(bad):
+        raise FloatingPointError(
+            f"the log-likelihood of {len(bad)} of {len(bits)} examples is not finite, first of example {bad[0]}: "
+            "loosen eval.rtol and eval.atol, or train longer"
+        )
+    return {"bits_per_dim": bits.mean(), "stderr": bits.std(ddof=1) / math.sqrt(len(bits)), "num": len(bits)}
+
+
+def gaussian_mixture_bits_per_dim(
+    dataset: data.Dataset, scaler: data.Scaler, components=(1, 5, 10, 20, 30), seed: int = 0
+) -> tuple[float, int]:
+    """Held-out bits/dim of the best of scikit-learn's full-covariance Gaussian mixtures, and its number of components.
+
+    Fitted to the training set, dequantized as in `bits_per_dim`; chosen on the held-out set, in the baseline's favour.
+    """
+    from sklearn.mixture import GaussianMixture as Mixture
+
+    keys = jax.random.split(jax.random.key(seed))
+    train, test = (
+        np.asarray(scaler.dequantize(k, np.asarray(a)), np.float64).reshape(len(a), -1)
+        for k, a in zip(keys, (dataset.train, dataset.test), strict=True)
+    )
+    best = (math.inf, 0)
+    for k in components:
+        # The floor of the covariance's eigenvalues is the variance of dequantization noise.
+        floor = np.square((scaler.bits_scale if hasattr(scaler, "bits_scale") else 2.0 / dataset.num_levels)) / 12
+        mixture = Mixture(k, covariance_type="full", reg_covar=floor, random_state=seed).fit(train)
+        bits = float(scaler.bits_per_dim(mixture.score(test), train.shape[1]))
+        best = min(best, (bits, k))
+    return best
+
+
+def evaluate(config: ConfigDict, workdir: Path, params, step: int, dataset: data.Dataset, mesh, scaler) -> dict:
+    """Held-out bits/dim and the sample-quality figure, printed and stored in `workdir/eval_STEP.json`."""
+    examples = dataset.test[: config.eval.num_examples]
+    ode = bits_per_dim(config, params, mesh, scaler, examples)
+    t_end = config.eval.t_end if config.eval.t_end is not None else configs.build_sde(config).t_min
+    of = "" if len(examples) == len(dataset.test) else f" of {len(dataset.test):,}"
+    out = {"step": step, **ode, "t_end": float(t_end)}
+    discrete = dataset.num_levels is not None
+    dequantized = ", uniform dequantization" if discrete else ""
+    lines = [("held-out bits/dim", f"{ode['bits_per_dim']:.3f} +- {ode['stderr']:.3f}",
+              f"ODE likelihood to t = {t_end:g}{dequantized}, {ode['num']:,}{of} examples")]  # fmt: skip
+    if config.eval.gaussian_mixture and discrete:
+        bits, k = gaussian_mixture_bits_per_dim(dataset, scaler)
+        out |= {"gaussian_mixture_bits_per_dim": bits, "gaussian_mixture_components": k}
+        lines.append(("  best Gaussian mixture", f"{bits:.3f}", f"{k} full-covariance components, same split"))
+    if dataset.name == "gaussian_mixture_2d":
+        exact = GaussianMixture(*data.gaussian_mixture_2d()).log_prob(jnp.asarray(examples))
+        out["exact_bits_per_dim"] = float(scaler.bits_per_dim(exact, 2).mean())
+        lines.append(("  exact density", f"{out['exact_bits_per_dim']:.3f}", "of the mixture itself, same examples"))
+
+    num = config.sample.num
+    samples = sample(config, params, mesh, dataset.event_shape, num=num, seed=config.sample.seed)
+    distances = quality(samples, dataset, scaler)
+    out |= distances
+    lines.append(("energy distance", f"{distances['energy_distance']:.4f}",
+                  f"samples to held-out data, {distances['energy_num']:,} each, {_sampler_name(config)}"))  # fmt: skip
+    lines.append(("  floor", f"{distances['energy_distance_floor']:.4f}", "training to held-out data, as many"))
+
+    if jax.process_index() == 0:
+        print("\n".join(f"{name:<24}{value:>16}   {note}" for name, value, note in lines), flush=True)
+        path = workdir / f"eval_{step:08d}.json"
+        path.write_text(json.dumps(out, indent=2) + "\n")
+        write_samples(config, workdir, samples, step, dataset, scaler)
+        print(f"figures in {path}", flush=True)
+    return out
+
+
+def quality(samples: np.ndarray, dataset: data.Dataset, scaler: data.Scaler, most: int = 2000) -> dict[str, float]:
+    """The energy distance of samples to the held-out set beside that of the training set to it, in equal numbers."""
+    num = min(len(samples), len(dataset.test), most)
+    pixels = scaler.decode if dataset.num_levels is not None else np.asarray
+    samples, test, train = (
+        np.asarray(a, np.float64).reshape(num, -1)
+        for a in (pixels(samples[:num]), dataset.test[:num], dataset.train[:num])
+    )
+    scale = 1.0 if dataset.num_levels is None else 2.0 / (dataset.num_levels - 1)
+    return {
+        "energy_distance": float(report.energy_distance(scale * samples, scale * test)),
+        "energy_distance_floor": float(report.energy_distance(scale * train, scale * test)),
+        "energy_num": num,
+    }
+
+
+def _sampler_name(config) -> str:
+    c = config.sample
+    return f"{c.sampler} {c.method}, {c.num_steps} steps"
+
+
+def write_samples(config: ConfigDict, workdir: Path, samples: np.ndarray, step: int, dataset, scaler) -> Path:
+    """Writes samples to `workdir/samples/NAME.npz` and a picture beside it; the name tells step, sampler and seed."""
+    c = config.sample
+    stem = workdir / "samples" / f"step{step}_{c.sampler}_{c.method}_{c.num_steps}_seed{c.seed}"
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    images = dataset.num_levels is not None
+    np.savez_compressed(f"{stem}.npz", samples=np.asarray(scaler.to_uint8(samples)) if images else samples)
+    picture = stem.with_name(stem.name + ".png")
+    save_samples(picture, samples, scaler, dataset)
+    print(f"{len(samples):,} samples in {stem}.npz" + (f", a picture in {picture}" if picture.exists() else ""), flush=True)
+    return picture

@@ -1,0 +1,109 @@
+"""The entry point: python -m sde_diffusion.main --config=configs/vp_digits.py --workdir=DIR --mode=train|eval|sample."""
+
+import os
+import sys
+from pathlib import Path
+
+from absl import app, flags
+from ml_collections import config_flags
+
+_HERE = Path(__file__).resolve().parent
+_DEFAULT = next((p for p in (_HERE.parent / "configs", _HERE / "configs") if p.is_dir()), _HERE) / "vp_digits.py"
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", str(_DEFAULT), "Config file; without it, the workdir's own config, else the embedded digits."
+)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: config, checkpoints, metrics, samples.")
+_MODE = flags.DEFINE_enum("mode", "train", ["train", "eval", "sample"], "What to do; train ends with the other two.")
+
+
+def _fail(error) -> None:
+    print(f"error: {error}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def _parse(argv):
+    """absl's parser; a wrong flag or config value becomes one line."""
+    try:
+        rest = flags.FLAGS(argv)
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, ImportError, SyntaxError) as error:
+        _fail(" ".join(str(error).strip("'\"").split()) or repr(error))
+    if len(rest) > 1:
+        _fail(f"unexpected argument {rest[1]!r}; values are set as --config.section.key=value")
+    return rest
+
+
+def _load_config(workdir: Path, argv):
+    """The config of the flags. Without --config, a workdir's own config.json takes the place of the default file."""
+    from sde_diffusion import config as configs
+
+    saved = workdir / "config.json"
+    given = any(a.split("=")[0] in ("--config", "-config") for a in argv[1:])
+    if given or not saved.exists():
+        return _CONFIG.value
+    config = configs.load(saved)
+    for key, value in config_flags.get_override_values(flags.FLAGS["config"]).items():
+        section, _, name = key.rpartition(".")
+        (config[section] if section else config)[name] = value
+    return config
+
+
+def main(argv):
+    """Sets the run up, with one line for each thing that can be wrong, then hands over to train, evaluate or sample."""
+    if not _WORKDIR.value:
+        _fail("--workdir is missing; name a folder for this run, as --workdir=runs/digits")
+    workdir = Path(_WORKDIR.value).expanduser().absolute()
+
+    import jax
+
+    # A U-Net compiles for longer than a short run takes. The environment variable of the same name goes first.
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "sde_diffusion" / "jax"))
+
+    from sde_diffusion import config as configs
+    from sde_diffusion import data, evaluate, train
+    from sde_diffusion.checkpoint import Checkpoints
+
+    try:
+        config = _load_config(workdir, argv)
+        configs.validate(config)
+        with Checkpoints(workdir, read_only=True) as checkpoints:
+            step = checkpoints.latest_step()
+        if _MODE.value != "train" and step is None:
+            raise ValueError(f"no checkpoint in {workdir}; train first: python -m sde_diffusion.main --workdir={_WORKDIR.value}")
+        saved = workdir / "config.json"
+        if step is not None and saved.exists():
+            changes = configs.differences(config, configs.load(saved))
+            if changes:
+                raise ValueError(
+                    f"{workdir} holds a run of another config ({'; '.join(changes)}); use another --workdir, or drop "
+                    "these changes"
+                )
+        d = config.data
+        dataset = data.load(d.name, data_dir=d.data_dir, image_size=d.image_size, channels=d.channels)
+        mesh, scaler, abstract = train.prepare(config, dataset)
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        _fail(" ".join(str(error).split()))
+
+    if _MODE.value == "train":
+        workdir.mkdir(parents=True, exist_ok=True)
+        if jax.process_index() == 0:
+            temporary = workdir / "config.json.tmp"
+            temporary.write_text(configs.to_json(config))
+            temporary.replace(saved)
+        state = train.train(config, workdir, dataset)
+        step, params = int(state.step), state.ema
+    else:
+        with Checkpoints(workdir, read_only=True) as checkpoints:
+            params = checkpoints.restore(abstract, step).ema
+
+    if _MODE.value == "sample":
+        samples = evaluate.sample(config, params, mesh, dataset.event_shape, num=config.sample.num, seed=config.sample.seed)
+        if jax.process_index() == 0:
+            evaluate.write_samples(config, workdir, samples, step, dataset, scaler)
+    else:
+        evaluate.evaluate(config, workdir, params, step, dataset, mesh, scaler)
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=_parse)

@@ -1,0 +1,159 @@
+"""The hub between what a network predicts and what everything else uses: the pair (x0, eps) with x = alpha x0 + sigma eps."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from sde_diffusion.sde import SDE, Number, expand, pytree_dataclass
+
+# Each maps x, the network's output F and the per-example alpha, sigma to (x0, eps).
+PREDICTIONS: dict[str, Callable] = {
+    "eps": lambda x, f, alpha, sigma, _: ((x - sigma * f) / alpha, f),
+    "x0": lambda x, f, alpha, sigma, _: (f, (x - alpha * f) / sigma),
+    "score": lambda x, f, alpha, sigma, _: ((x + sigma**2 * f) / alpha, -sigma * f),
+    # v = alpha eps - sigma x0 (arXiv:2202.00512 appendix D); the divisor is 1 for variance-preserving processes.
+    "v": lambda x, f, alpha, sigma, _: (
+        (alpha * x - sigma * f) / (alpha**2 + sigma**2),
+        (sigma * x + alpha * f) / (alpha**2 + sigma**2),
+    ),
+    # EDM's preconditioning (arXiv:2206.00364 table 1) with x / alpha and sigma / alpha in place of its x and sigma.
+    "edm": lambda x, f, alpha, sigma, std: (
+        alpha * std**2 / (sigma**2 + (alpha * std) ** 2) * x
+        + sigma * std / jnp.sqrt(sigma**2 + (alpha * std) ** 2) * f,
+        sigma / (sigma**2 + (alpha * std) ** 2) * x
+        - alpha * std / jnp.sqrt(sigma**2 + (alpha * std) ** 2) * f,
+    ),
+}
+
+# What the network is told about the noise, `(B,)`.
+NOISE_LABELS: dict[str, Callable] = {
+    "t": lambda sde, t: t,
+    "log_sigma": lambda sde, t: sde.log_sigma(t),
+    "log_snr": lambda sde, t: sde.log_snr(t),
+    "edm": lambda sde, t: -0.125 * sde.log_snr(t),  # 1/4 log(sigma / alpha)
+}
+
+
+def lookup(table: dict, name: Any, kind: str):
+    """`table[name]`, or a ValueError that lists the known names."""
+    if name not in table:
+        raise ValueError(f"unknown {kind} {name!r}; choose one of {', '.join(sorted(table))}")
+    return table[name]
+
+
+@pytree_dataclass
+class NetworkScore:
+    """A network as a score function; made by `as_score`. A pytree: new parameters do not recompile a sampler."""
+
+    network: Any
+    sde: SDE
+    sigma_data: Number
+    prediction: str = dataclasses.field(metadata={"static": True})
+    noise_label: str = dataclasses.field(metadata={"static": True})
+
+    def predict(
+        self, x: Float[Array, "b ..."], t: Float[Array, " b"]
+    ) -> tuple[Float[Array, "b ..."], Float[Array, "b ..."]]:
+        """The network's (x0, eps), each of x's shape; finite also at zero terminal SNR (x0, v and EDM predictions)."""
+        alpha, sigma = expand(self.sde.alpha(t), x), expand(self.sde.sigma(t), x)
+        scale = 1.0
+        if self.prediction == "edm":
+            scale = 1 / jnp.sqrt(sigma**2 + (alpha * self.sigma_data) ** 2)
+        output = self.network(scale * x, NOISE_LABELS[self.noise_label](self.sde, t))
+        if output.shape != x.shape:
+            raise ValueError(f"the network returned shape {output.shape} for x of shape {x.shape}; they must be equal")
+        # alpha and sigma stay in x's precision, whatever the network computes in.
+        return PREDICTIONS[self.prediction](x, output.astype(x.dtype), alpha, sigma, self.sigma_data)
+
+    def __call__(self, x: Float[Array, "b ..."], t: Float[Array, " b"]) -> Float[Array, "b ..."]:
+        return -self.predict(x, t)[1] / expand(self.sde.sigma(t), x)
+
+
+def as_score(
+    network: Callable,
+    sde: SDE,
+    *,
+    prediction: str = "eps",
+    noise_label: str | None = None,
+    sigma_data: float = 0.5,
+) -> NetworkScore:
+    """Turns `network(x, noise_label)` into a score function `score_fn(x, t)`.
+
+    Args:
+      network: maps x `(B, *event)` and the noise label `(B,)` to an array of x's shape. A `jax.tree_util.Partial` of
+        a module's `apply` and its parameters keeps the parameters out of the compiled program.
+      sde: the process that the network was trained on.
+      prediction: what the network predicts: "eps", "x0", "v" = alpha eps - sigma x0 (arXiv:2202.00512), "score", or
+        "edm": EDM's preconditioning (arXiv:2206.00364 table 1) for any process, input scaling included.
+      noise_label: "t", "log_sigma", "log_snr" or "edm" (1/4 log(sigma/alpha)); by default "edm" with EDM, else "t".
+      sigma_data: standard deviation of the data, used by "edm" alone.
+
+    Raises:
+      ValueError: unknown name; eps- or score-prediction for an SDE with zero terminal SNR, which leaves x0 undefined.
+    """
+    lookup(PREDICTIONS, prediction, "prediction")
+    noise_label = noise_label or ("edm" if prediction == "edm" else "t")
+    lookup(NOISE_LABELS, noise_label, "noise_label")
+    if prediction in ("eps", "score") and zero_terminal_snr(sde):
+        raise ValueError(
+            f"prediction={prediction!r} cannot start from zero terminal SNR (alpha({sde.t_max}) = 0): "
+            "use prediction='v' or 'x0', or an SDE with a smaller t_max"
+        )
+    return NetworkScore(jax.tree_util.Partial(network), sde, sigma_data, prediction, noise_label)
+
+
+def as_pytree(fn: Callable) -> Callable:
+    """`fn` in a form that can be an argument of a jitted function.
+
+    Functions that are pytrees of arrays (`as_score`, `jax.tree_util.Partial`, the oracle's) stay what they are; any
+    other function becomes static: it compiles once per function object and, as under `jax.jit`, keeps the arrays that it
+    closed over at that time.
+    """
+    if all(isinstance(leaf, (jax.Array, np.ndarray, int, float)) for leaf in jax.tree.leaves(fn)):
+        return fn
+    return jax.tree_util.Partial(fn)
+
+
+def zero_terminal_snr(sde: SDE) -> bool:
+    """Whether alpha(t_max) = 0; False where the SDE's fields are traced."""
+    log_snr = sde.log_snr(jnp.asarray(sde.t_max, float))
+    return not isinstance(log_snr, jax.core.Tracer) and bool(log_snr == -jnp.inf)
+
+
+def score(score_fn, x: Float[Array, "b ..."], t: Float[Array, "..."]) -> Float[Array, "b ..."]:
+    """score_fn at a time shared by the batch (scalar t) or per example `(B,)`.
+
+    Raises:
+      ValueError: while tracing, so before any compilation, unless the result has x's shape and dtype.
+    """
+    t = jnp.broadcast_to(t, x.shape[:1])
+    out = score_fn(x, t)
+    if not hasattr(out, "shape"):
+        raise ValueError(f"score_fn returned a {type(out).__name__}; return one array of shape {x.shape}")
+    if out.shape != x.shape:
+        raise ValueError(
+            f"score_fn returned shape {out.shape} for x of shape {x.shape} and t of shape {t.shape}; "
+            "return one score for each entry of x"
+        )
+    if out.dtype != x.dtype:
+        raise ValueError(f"score_fn returned {out.dtype} for x of {x.dtype}; end it with .astype(x.dtype)")
+    return out
+
+
+def predict(
+    score_fn, sde: SDE, x: Float[Array, "b ..."], t: Float[Array, "..."]
+) -> tuple[Float[Array, "b ..."], Float[Array, "b ..."]]:
+    """(x0, eps) at x `(B, *event)`, one evaluation: Tweedie's x0 = (x + sigma^2 score) / alpha, eps = -sigma score.
+
+    A score function with its own method `predict(x, t)` (see `as_score`) answers directly, without the division.
+    """
+    t = jnp.broadcast_to(t, x.shape[:1])
+    if hasattr(score_fn, "predict"):
+        return score_fn.predict(x, t)
+    alpha, sigma = expand(sde.alpha(t), x), expand(sde.sigma(t), x)
+    return PREDICTIONS["score"](x, score(score_fn, x, t), alpha, sigma, None)

@@ -1,0 +1,94 @@
+"""Time grids: decreasing arrays of times, from the prior to where sampling stops."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from sde_diffusion.losses import terminal_log_snr
+from sde_diffusion.prediction import lookup
+from sde_diffusion.sde import SDE, check
+
+
+def _uniform(sde, t0, t1, u):
+    return t0 + (t1 - t0) * u
+
+
+def _quadratic(sde, t0, t1, u):
+    return (jnp.sqrt(t0) + (jnp.sqrt(t1) - jnp.sqrt(t0)) * u) ** 2
+
+
+def _log_snr(sde, t0, t1, u):
+    high, low = terminal_log_snr(sde, u.dtype), sde.log_snr(t1)
+    return sde.time(high + (low - high) * u)
+
+
+def _edm(sde, t0, t1, u, rho=7.0):
+    first = jnp.exp(-terminal_log_snr(sde, u.dtype) / (2 * rho))
+    last = jnp.exp(-sde.log_snr(t1) / (2 * rho))
+    return sde.time(-2 * rho * jnp.log(first + (last - first) * u))
+
+
+# (sde, first time, last time, u in [0, 1]) -> times.
+GRIDS = {"uniform": _uniform, "quadratic": _quadratic, "log_snr": _log_snr, "edm": _edm}
+
+
+def time_grid(
+    sde: SDE, num_steps: int, kind: str = "edm", t_end: float | None = None
+) -> Float[Array, " times"]:
+    """num_steps + 1 decreasing times from `sde.t_max` to t_end (`sde.t_min` by default).
+
+    kind: "uniform" in t; "quadratic": uniform in sqrt(t) (arXiv:2010.02502 appendix D.2); "log_snr": uniform in lambda
+    (arXiv:2206.00927 section 3.2); "edm": uniform in (sigma / alpha)^(1/7) (arXiv:2206.00364 eq. 5).
+
+    Raises:
+      ValueError: unknown kind, num_steps < 1, or t_end outside [t_train, t_max).
+    """
+    fn = lookup(GRIDS, kind, "grid")
+    check(num_steps >= 1, f"num_steps={num_steps} must be at least 1; 20 to 50 is usual for an ODE sampler")
+    t0 = jnp.asarray(sde.t_max, float)
+    t1 = jnp.asarray(check_t_end(sde, t_end), float)
+    grid = fn(sde, t0, t1, jnp.linspace(0.0, 1.0, num_steps + 1))
+    # The ends are exact, whatever the map between lambda and t rounds to.
+    return grid.at[0].set(t0).at[-1].set(t1)
+
+
+def check_t_end(sde: SDE, t_end):
+    """t_end, or `sde.t_min` for None; a ValueError where it lies outside the SDE's range."""
+    if t_end is None:
+        return sde.t_min
+    if not any(isinstance(v, jax.core.Tracer) for v in (t_end, sde.t_train, sde.t_max)):
+        check(
+            sde.t_train <= t_end < sde.t_max,
+            f"t_end={t_end} is outside the range of {type(sde).__name__}: choose t_train={sde.t_train} <= t_end < "
+            f"t_max={sde.t_max}, or None for t_min={sde.t_min}",
+        )
+    return t_end
+
+
+def resolve_grid(
+    sde: SDE, grid, num_steps: int, t_end: float | None
+) -> Float[Array, " times"]:
+    """A grid by name through `time_grid`, or the given array after a check that it decreases within the SDE's range."""
+    if isinstance(grid, str):
+        return time_grid(sde, num_steps, grid, t_end)
+    times = grid if isinstance(grid, jax.core.Tracer) else np.asarray(grid)
+    check(
+        times.ndim == 1 and times.shape[0] >= 2,
+        f"grid has shape {times.shape}; pass a 1-D array of at least 2 decreasing times, or one of {sorted(GRIDS)}",
+    )
+    if t_end is not None:
+        raise ValueError(f"t_end={t_end} and a grid array were both given; the grid's last time is t_end: pass one")
+    if not any(isinstance(v, jax.core.Tracer) for v in (times, sde.t_train, sde.t_max)):
+        check(
+            bool((np.diff(times) < 0).all()),
+            "grid must be strictly decreasing from the prior's time to the data's; reverse it or drop repeated times",
+        )
+        # Times that were rounded to float32 on their way here may miss the range by that rounding.
+        slack = 1e-6 * sde.t_max
+        check(
+            times[0] <= sde.t_max + slack and times[-1] >= sde.t_train - slack,
+            f"grid runs from {times[0]:g} to {times[-1]:g}, outside the range [{sde.t_train}, {sde.t_max}] of "
+            f"{type(sde).__name__}",
+        )
+    return jnp.asarray(times, float)

@@ -1,0 +1,253 @@
+"""Forward processes: each is a pair of functions of time, x_t = alpha(t) x_0 + sigma(t) eps.
+
+Everything else (log-SNR, drift, diffusion, prior, inverse of the log-SNR) follows from the pair and lives in
+`SDE`. A new process is a frozen dataclass that defines `log_alpha` and `log_sigma`.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
+
+# A float; under a JAX transformation, whatever leaf JAX puts in its place.
+Number = Any
+
+
+def pytree_dataclass(cls):
+    """Makes `cls` a frozen dataclass and a pytree; fields with `metadata={"static": True}` are not leaves."""
+    return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True)(cls))
+
+
+def expand(coefficient: Float[Array, "*b"], x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Appends axes to a per-example coefficient `(B,)` until it broadcasts against x `(B, *event)`; leaves scalars."""
+    coefficient = jnp.asarray(coefficient)
+    if coefficient.ndim == 0:
+        return coefficient
+    return coefficient.reshape(coefficient.shape + (1,) * (x.ndim - coefficient.ndim))
+
+
+def derivative(fn, t):
+    """d fn / dt of an elementwise function, by forward-mode autodiff."""
+    return jax.jvp(fn, (t,), (jnp.ones_like(t),))[1]
+
+
+def check(condition, message: str):
+    """Raises ValueError(message) when the condition is known and false; traced conditions pass."""
+    if not isinstance(condition, jax.core.Tracer) and not condition:
+        raise ValueError(message)
+
+
+class SDE:
+    """dx = f(x, t) dt + g(t) dw with marginals x_t = alpha(t) x_0 + sigma(t) eps (arXiv:2011.13456; arXiv:2107.00630).
+
+    Subclasses define `log_alpha(t)` and `log_sigma(t)`, elementwise in t of any shape. Three times bound every use:
+    `t_max` (the prior), `t_min` (where samplers and likelihoods stop) and `t_train` (the shortest time that losses
+    draw). Inside `jax.jit` all fields are leaves: another beta_max does not recompile.
+    """
+
+    t_min: Number
+    t_max: Number
+    t_train: Number
+
+    def __post_init__(self):
+        if all(isinstance(v, (int, float)) for v in (self.t_min, self.t_max, self.t_train)):
+            check(
+                0 < self.t_train <= self.t_min < self.t_max,
+                f"{type(self).__name__} needs 0 < t_train <= t_min < t_max, got t_train={self.t_train}, "
+                f"t_min={self.t_min}, t_max={self.t_max}; set all three to fit",
+            )
+
+    def log_alpha(self, t: Float[Array, "*b"]) -> Float[Array, "*b"]:
+        """log alpha(t)."""
+        raise NotImplementedError
+
+    def log_sigma(self, t: Float[Array, "*b"]) -> Float[Array, "*b"]:
+        """log sigma(t)."""
+        raise NotImplementedError
+
+    def alpha(self, t: Float[Array, "*b"]) -> Float[Array, "*b"]:
+        """The factor of the data, alpha(t)."""
+        return jnp.exp(self.log_alpha(jnp.asarray(t)))
+
+    def sigma(self, t: Float[Array, "*b"]) -> Float[Array, "*b"]:
+        """The standard deviation of the noise, sigma(t)."""
+        return jnp.exp(self.log_sigma(jnp.asarray(t)))
+
+    def log_snr(self, t: Float[Array, "*b"]) -> Float[Array, "*b"]:
+        """lambda(t) = log(alpha^2 / sigma^2), strictly decreasing in t."""
+        t = jnp.asarray(t)
+        return 2 * (self.log_alpha(t) - self.log_sigma(t))
+
+    def log_snr_rate(self, t: Float[Array, "*b"]) -> Float[Array, "*b"]:
+        """d lambda / dt < 0."""
+        return derivative(self.log_snr, jnp.asarray(t))
+
+    def drift(self, x: Float[Array, "..."], t: Float[Array, "*b"]) -> Float[Array, "..."]:
+        """f(x, t) = (d log alpha / dt) x, of x's shape `(B, *event)`; t is `(B,)` or a scalar."""
+        return expand(derivative(self.log_alpha, jnp.asarray(t)), x) * x
+
+    def diffusion(self, t: Float[Array, "*b"]) -> Float[Array, "*b"]:
+        """g(t) >= 0, from g^2 = -sigma^2 d lambda / dt."""
+        return self.sigma(t) * jnp.sqrt(-self.log_snr_rate(t))
+
+    def perturb(
+        self, x0: Float[Array, "..."], eps: Float[Array, "..."], t: Float[Array, "*b"]
+    ) -> Float[Array, "..."]:
+        """x_t = alpha(t) x_0 + sigma(t) eps, of x0's shape; a draw from the marginal when eps ~ N(0, I)."""
+        return expand(self.alpha(t), x0) * x0 + expand(self.sigma(t), x0) * eps
+
+    def prior_std(self) -> Float[Array, ""]:
+        """Standard deviation of the Gaussian that stands for the marginal at `t_max`."""
+        return self.sigma(jnp.asarray(self.t_max))
+
+    def prior_sample(
+        self, key: PRNGKeyArray, shape: tuple[int, ...], dtype: Any = float
+    ) -> Float[Array, "..."]:
+        """A draw from N(0, prior_std^2 I) of the given shape `(B, *event)`."""
+        return self.prior_std().astype(dtype) * jax.random.normal(key, shape, dtype)
+
+    def prior_log_prob(self, x: Float[Array, "b ..."]) -> Float[Array, " b"]:
+        """log N(x; 0, prior_std^2 I) in nats, summed over event axes, `(B,)`."""
+        std = self.prior_std().astype(x.dtype)
+        per_dim = -0.5 * (x / std) ** 2 - jnp.log(std) - 0.5 * math.log(2 * math.pi)
+        return per_dim.reshape(x.shape[0], -1).sum(axis=1)
+
+    def time(self, log_snr: Float[Array, "*b"]) -> Float[Array, "*b"]:
+        """The time at which `log_snr(t)` has the given value: bisection on (0, t_max], then one Newton step.
+
+        The Newton step also carries the derivative, dt/dlambda = 1 / lambda'(t). Values beyond the ends are clipped.
+        """
+        target = jnp.asarray(log_snr)
+
+        def halve(_, bounds):
+            low, high = bounds
+            middle = 0.5 * (low + high)
+            too_early = self.log_snr(middle) > target
+            return jnp.where(too_early, middle, low), jnp.where(too_early, high, middle)
+
+        top = jnp.full_like(target, self.t_max)
+        # 64 halvings reach the rounding of float64 as well.
+        low, high = jax.lax.fori_loop(0, 64, halve, (jnp.zeros_like(top), top))
+        t = jax.lax.stop_gradient(0.5 * (low + high))
+        newton = t - (self.log_snr(t) - target) / jax.lax.stop_gradient(self.log_snr_rate(t))
+        return jnp.where(jnp.isfinite(newton), jnp.clip(newton, 0.0, top), t)
+
+
+class _UnitPrior:
+    def prior_std(self) -> Float[Array, ""]:
+        """1: the marginal at `t_max` is taken as N(0, I)."""
+        return jnp.asarray(1.0)
+
+
+class _LinearBeta(_UnitPrior, SDE):
+    def integrated_beta(self, t: Float[Array, "*b"]) -> Float[Array, "*b"]:
+        """Integral of beta(s) = beta_min + s (beta_max - beta_min) from 0 to t."""
+        return t * (self.beta_min + 0.5 * t * (self.beta_max - self.beta_min))
+
+    def log_alpha(self, t: Float[Array, "*b"]) -> Float[Array, "*b"]:
+        """-1/2 int beta."""
+        return -0.5 * self.integrated_beta(t)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if isinstance(self.beta_min, (int, float)) and isinstance(self.beta_max, (int, float)):
+            check(
+                0 <= self.beta_min < self.beta_max,
+                f"{type(self).__name__} needs 0 <= beta_min < beta_max, got beta_min={self.beta_min}, "
+                f"beta_max={self.beta_max}; 0.1 and 20 are usual",
+            )
+
+
+@pytree_dataclass
+class VP(_LinearBeta):
+    """Variance-preserving SDE with linear beta(t): alpha^2 = exp(-int beta), sigma^2 = 1 - alpha^2.
+
+    arXiv:2011.13456 eq. 11 and 33; DDPM (arXiv:2006.11239) in continuous time. Prior N(0, I).
+    """
+
+    beta_min: Number = 0.1
+    beta_max: Number = 20.0
+    t_min: Number = 1e-3
+    t_max: Number = 1.0
+    t_train: Number = 1e-5
+
+    def log_sigma(self, t: Float[Array, "*b"]) -> Float[Array, "*b"]:
+        """1/2 log(1 - exp(-int beta)), by expm1 so that small t keeps its digits."""
+        return 0.5 * jnp.log(-jnp.expm1(-self.integrated_beta(t)))
+
+
+@pytree_dataclass
+class SubVP(_LinearBeta):
+    """Sub-variance-preserving SDE: alpha^2 = exp(-int beta), sigma = 1 - alpha^2 (arXiv:2011.13456 eq. 13, 29, 33).
+
+    The prior is N(0, I).
+    """
+
+    beta_min: Number = 0.1
+    beta_max: Number = 20.0
+    t_min: Number = 1e-3
+    t_max: Number = 1.0
+    t_train: Number = 1e-5
+
+    def log_sigma(self, t: Float[Array, "*b"]) -> Float[Array, "*b"]:
+        """log(1 - exp(-int beta))."""
+        return jnp.log(-jnp.expm1(-self.integrated_beta(t)))
+
+
+@pytree_dataclass
+class VE(SDE):
+    """Variance-exploding SDE, geometric noise: alpha = 1, sigma = sigma_min (sigma_max / sigma_min)^t.
+
+    arXiv:2011.13456 eq. 9 and 31; SMLD (arXiv:1907.05600) in continuous time. Prior N(0, sigma_max^2 I): an
+    approximation whose error falls with (std of the data / sigma_max)^2.
+    """
+
+    sigma_min: Number = 0.01
+    sigma_max: Number = 50.0
+    t_min: Number = 1e-5
+    t_max: Number = 1.0
+    t_train: Number = 1e-5
+
+    def __post_init__(self):
+        super().__post_init__()
+        if isinstance(self.sigma_min, (int, float)) and isinstance(self.sigma_max, (int, float)):
+            check(
+                0 < self.sigma_min < self.sigma_max,
+                f"{type(self).__name__} needs 0 < sigma_min < sigma_max, got sigma_min={self.sigma_min}, "
+                f"sigma_max={self.sigma_max}; 0.01 and 50 are usual",
+            )
+
+    def log_alpha(self, t: Float[Array, "*b"]) -> Float[Array, "*b"]:
+        """0."""
+        return jnp.zeros_like(t)
+
+    def log_sigma(self, t: Float[Array, "*b"]) -> Float[Array, "*b"]:
+        """log sigma_min + t log(sigma_max / sigma_min)."""
+        return jnp.log(self.sigma_min) + t * (jnp.log(self.sigma_max) - jnp.log(self.sigma_min))
+
+
+@pytree_dataclass
+class CosineVP(_UnitPrior, SDE):
+    """Variance-preserving SDE with the cosine schedule: alpha = cos(pi t / 2), sigma = sin(pi t / 2).
+
+    arXiv:2102.09672 eq. 17 without its offset, as in arXiv:2107.00630 appendix and arXiv:2202.00512. Prior N(0, I).
+    The default stops at lambda = -12.9; `t_max=1.0` gives zero terminal SNR, for x0- or v-prediction only.
+    """
+
+    t_min: Number = 1e-3
+    t_max: Number = 0.999
+    t_train: Number = 1e-5
+
+    def log_alpha(self, t: Float[Array, "*b"]) -> Float[Array, "*b"]:
+        """log sin(pi (1 - t) / 2): exactly -inf at t = 1, where cos(pi t / 2) would round to a negative number."""
+        return jnp.log(jnp.sin(0.5 * math.pi * (1 - t)))
+
+    def log_sigma(self, t: Float[Array, "*b"]) -> Float[Array, "*b"]:
+        """log sin(pi t / 2)."""
+        return jnp.log(jnp.sin(0.5 * math.pi * t))
+
+
+SDES = {"vp": VP, "subvp": SubVP, "ve": VE, "cosine": CosineVP}

@@ -1,0 +1,260 @@
+"""Training, top to bottom."""
+
+import sys
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from sde_diffusion import config as configs
+from sde_diffusion import data, evaluate, report, sharding
+from sde_diffusion.checkpoint import Checkpoints, like
+from sde_diffusion.losses import terminal_log_snr
+from sde_diffusion.sde import check
+
+NUM_LEVELS = 8  # of the loss per noise level, equal parts of the log-SNR
+
+
+class TrainState(NamedTuple):
+    """All that a checkpoint holds. The step also fixes the data and the noise: no iterator or key is saved."""
+
+    step: Any  # number of updates so far, int32
+    params: Any
+    ema: Any
+    opt_state: Any
+    bad_steps: Any  # updates in a row that were skipped for a non-finite loss or gradient, int32
+
+
+class Totals(NamedTuple):
+    """Sums over the updates since the last line of metrics, on the device."""
+
+    updates: Any
+    skipped: Any
+    loss: Any
+    grad_norm: Any
+    level_loss: Any  # (NUM_LEVELS,)
+    level_count: Any
+
+
+def zero_totals() -> Totals:
+    """Sums over no updates."""
+    zero = np.zeros((), np.float32)
+    return Totals(zero, zero, zero, zero, *np.zeros((2, NUM_LEVELS), np.float32))
+
+
+def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
+    """Adam with linear warm-up to a constant rate and clipping by the global norm."""
+    o = config.optim
+    rate = optax.linear_schedule(o.lr / (o.warmup_steps + 1), o.lr, o.warmup_steps) if o.warmup_steps else o.lr
+    clip = optax.clip_by_global_norm(o.grad_clip) if o.grad_clip else optax.identity()
+    return optax.chain(clip, optax.adam(rate, b1=o.beta1, b2=o.beta2, eps=o.eps))
+
+
+def init_state(config: ConfigDict, event_shape: tuple[int, ...]) -> TrainState:
+    """The state at step 0; the average of the parameters starts as the parameters."""
+    x, c = jnp.zeros((1, *event_shape)), jnp.zeros((1,))
+    key = jax.random.fold_in(jax.random.key(config.seed), 2**31 - 1)
+    params = configs.build_model(config).init(key, x, c)["params"]
+    ema = jax.tree.map(jnp.copy, params)
+    zero = jnp.zeros((), jnp.int32)
+    return TrainState(zero, params, ema, make_optimizer(config).init(params), jnp.copy(zero))
+
+
+def make_update(config: ConfigDict, scaler: data.Scaler):
+    """The update step `(state, totals, batch) -> (state, totals)`: pure, for `jax.jit` over any mesh, or `jax.pmap`.
+
+    batch: "x" `(B, *event)` integer levels or vectors, and "label" `(B,)` where the data has labels.
+    """
+    loss_fn = configs.build_loss(config)
+    sde = configs.build_sde(config)
+    optimizer = make_optimizer(config)
+    num_classes = config.model.get("num_classes")
+    log_snr_low = terminal_log_snr(sde)
+    log_snr_high = sde.log_snr(jnp.asarray(sde.t_train, float))
+
+    def update(state: TrainState, totals: Totals, batch):
+        # Keys follow from (seed, step), and noise is drawn at the global shape: the same on any number of devices.
+        key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+        key_x, key_flip, key_loss, key_dropout, key_label = jax.random.split(key, 5)
+        x0 = scaler.dequantize(key_x, batch["x"])
+        if config.data.flip:
+            x0 = data.random_flip(key_flip, x0)
+        labels = None
+        if num_classes is not None:
+            drop = jax.random.bernoulli(key_label, config.train.label_dropout, batch["label"].shape)
+            labels = jnp.where(drop, num_classes, batch["label"])
+
+        def objective(params):
+            score_fn = configs.build_score(config, params, labels, train=True, rngs={"dropout": key_dropout})
+            losses, t = loss_fn(score_fn, sde, key_loss, x0)
+            return losses.mean(), (losses, t)
+
+        (loss, (losses, t)), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
+        grad_norm = optax.global_norm(grads)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        decay = jnp.minimum(config.optim.ema_decay, (1 + state.step) / (10 + state.step))
+        ema = jax.tree.map(lambda e, p: e + (1 - decay).astype(e.dtype) * (p - e), state.ema, params)
+
+        # A non-finite loss is an event: the update is skipped and counted.
+        good = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        new, old = (params, ema, opt_state), (state.params, state.ema, state.opt_state)
+        params, ema, opt_state = jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
+        bad_steps = jnp.where(good, 0, state.bad_steps + 1)
+
+        place = (sde.log_snr(t) - log_snr_low) / (log_snr_high - log_snr_low)
+        level = jnp.clip((place * NUM_LEVELS).astype(int), 0, NUM_LEVELS - 1)
+        member = jax.nn.one_hot(level, NUM_LEVELS) * good
+        totals = Totals(
+            updates=totals.updates + good,
+            skipped=totals.skipped + ~good,
+            loss=totals.loss + jnp.where(good, loss, 0.0),
+            grad_norm=totals.grad_norm + jnp.where(good, grad_norm, 0.0),
+            level_loss=totals.level_loss + jnp.where(good, losses, 0.0) @ member,
+            level_count=totals.level_count + member.sum(axis=0),
+        )
+        return TrainState(state.step + 1, params, ema, opt_state, bad_steps), totals
+
+    return update
+
+
+def summarize(config: ConfigDict, totals: Totals) -> dict[str, float]:
+    """The means over the updates in `totals`; an empty noise level is left out."""
+    sde = configs.build_sde(config)
+    low, high = float(terminal_log_snr(sde)), float(sde.log_snr(jnp.asarray(sde.t_train, float)))
+    updates = max(float(totals.updates), 1.0)
+    out = {
+        "loss": float(totals.loss) / updates if totals.updates else float("nan"),
+        "grad_norm": float(totals.grad_norm) / updates if totals.updates else float("nan"),
+        "skipped_updates": int(totals.skipped),
+    }
+    edges = np.linspace(low, high, NUM_LEVELS + 1)
+    for i, (loss, count) in enumerate(zip(totals.level_loss, totals.level_count, strict=True)):
+        if count:
+            out[f"loss_by_log_snr/{edges[i]:.1f}..{edges[i + 1]:.1f}"] = float(loss / count)
+    return out
+
+
+def prepare(config: ConfigDict, dataset: data.Dataset):
+    """What a run needs before its first compilation, checked: mesh, scaler, and the state's shapes on the mesh.
+
+    Raises:
+      ValueError: batch sizes that do not divide over the devices, images that do not fit the network, labels missing.
+    """
+    mesh = sharding.make_mesh()
+    for key in ("train", "sample", "eval"):
+        sharding.check_batch_size(mesh, config[key].batch_size, f"{key}.batch_size")
+    check(
+        len(dataset.event_shape) == 3 or not config.data.flip,
+        f"data.flip=True needs images, but an example of {dataset.name} has shape {dataset.event_shape}",
+    )
+    if config.model.get("num_classes") is not None:
+        check(dataset.train_labels is not None, f"model.num_classes is set, but {dataset.name} has no labels; set it to None")
+        top = int(np.max(dataset.train_labels))
+        check(top < config.model.num_classes, f"model.num_classes={config.model.num_classes} but {dataset.name} has label {top}")
+    scaler = data.Scaler(dataset.num_levels, config.data.centered)
+    abstract = jax.eval_shape(lambda: init_state(config, dataset.event_shape))
+    return mesh, scaler, like(abstract, sharding.replicated(mesh))
+
+
+def train(config: ConfigDict, workdir: Path, dataset: data.Dataset) -> TrainState:
+    """Trains to `config.train.num_steps`, from the newest checkpoint of workdir where there is one.
+
+    Writes checkpoints, metrics (JSON lines and TensorBoard) and sample grids. Returns the final state.
+
+    Raises:
+      ValueError: a wrong value, or a workdir that holds checkpoints of another config; nothing has been written then.
+      FloatingPointError: `train.max_bad_steps` non-finite losses in a row.
+    """
+    mesh, scaler, abstract = prepare(config, dataset)
+    num_params = sum(a.size for a in jax.tree.leaves(abstract.params))
+    c = config.train
+
+    with Checkpoints(workdir, c.keep_checkpoints) as checkpoints:
+        start = checkpoints.latest_step()
+        if start is None:
+            start = 0
+            state = jax.jit(lambda: init_state(config, dataset.event_shape), out_shardings=sharding.replicated(mesh))()
+        else:
+            state = checkpoints.restore(abstract, start)
+        print(
+            f"{dataset.name}: {len(dataset.train):,} training and {len(dataset.test):,} held-out examples of shape "
+            f"{dataset.event_shape}\n{config.model.name}: {num_params:,} parameters; {config.sde.name} SDE; global batch "
+            f"{c.batch_size} on {mesh.devices.size} {jax.devices()[0].platform} device(s); "
+            f"steps {start:,} to {c.num_steps:,}",
+            flush=True,
+        )
+        if start >= c.num_steps:
+            print(f"already trained to step {start:,}; raise --config.train.num_steps to go on")
+            return state
+
+        update = jax.jit(
+            make_update(config, scaler),
+            in_shardings=(sharding.replicated(mesh), sharding.replicated(mesh), sharding.by_batch(mesh)),
+            out_shardings=sharding.replicated(mesh),
+            donate_argnums=(0, 1),
+        )
+        batches = data.batches(
+            dataset, c.batch_size, config.seed, shard=(jax.process_index(), jax.process_count())
+        )
+        fresh_totals = lambda: jax.device_put(zero_totals(), sharding.replicated(mesh))  # noqa: E731
+        totals = fresh_totals()
+        main_host = jax.process_index() == 0
+        with (
+            report.Metrics(workdir, resume_step=start) as metrics,
+            tqdm(total=c.num_steps, initial=start, unit="step", disable=not main_host, file=sys.stderr) as bar,
+        ):
+            ready = None  # totals of a finished interval, read one step later so that the device never waits
+            clock = None
+            for step in range(start, c.num_steps):
+                batch = sharding.put_batch(mesh, batches[step])
+                state, totals = update(state, totals, batch)
+                bar.update()
+                if ready is not None:
+                    clock = _log(config, metrics, bar, *ready, clock, state)
+                    ready = None
+                done = step + 1
+                last = done == c.num_steps
+                if done % c.log_every == 0 or last:
+                    ready = (done, totals)
+                    totals = fresh_totals()
+                if last or done % c.sample_every == 0 or done % c.checkpoint_every == 0:
+                    if ready is not None:
+                        _log(config, metrics, bar, *ready, clock, state)
+                        ready = None
+                    jax.block_until_ready(state)
+                    if int(state.bad_steps) == 0 and (done % c.checkpoint_every == 0 or last):
+                        checkpoints.save(done, state)
+                    if done % c.sample_every == 0 and not last:
+                        samples = evaluate.sample(config, state.ema, mesh, dataset.event_shape, num=64, seed=config.seed)
+                        evaluate.save_samples(workdir / "samples" / f"train_{done:08d}.png", samples, scaler, dataset, metrics, done)
+                    clock = (done, time.perf_counter())
+    return state
+
+
+def _log(config, metrics, bar, step, totals, clock, state):
+    """Writes the line of metrics of the interval that ends at `step`; returns (step, time) for the next one's speed."""
+    totals = jax.device_get(totals)
+    now = time.perf_counter()
+    row = summarize(config, totals)
+    if clock is not None and step > clock[0]:
+        row["steps_per_s"] = (step - clock[0]) / (now - clock[1])
+        row["examples_per_s"] = row["steps_per_s"] * config.train.batch_size
+    row["devices"] = jax.device_count()
+    metrics.write(step, row)
+    bar.set_postfix_str(f"loss {row['loss']:.4g}")
+    if totals.skipped:
+        bad = int(state.bad_steps)
+        tqdm.write(f"step {step}: {int(totals.skipped)} update(s) skipped for a non-finite loss or gradient", file=sys.stderr)
+        if bad >= config.train.max_bad_steps:
+            raise FloatingPointError(
+                f"the loss was not finite in {bad} updates in a row up to step {step}: lower optim.lr, or look at the "
+                "loss_by_log_snr of the last good lines in metrics.jsonl; the last checkpoint is intact"
+            )
+    return step, now
