@@ -8,7 +8,9 @@ import dataclasses
 import math
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from sde_diffusion.sde import SDE, VE, Number, _UnitPrior, check, pytree_dataclass
@@ -27,10 +29,10 @@ def cosine_betas(
 ) -> Float[Array, " n"]:
     """Betas of the cosine schedule, clipped at max_beta, `(num_levels,)` (arXiv:2102.09672 eq. 17)."""
     check(num_levels >= 1, f"num_levels={num_levels} must be at least 1; 1000 is usual")
-    edges = jnp.linspace(0.0, 1.0, num_levels + 1)
-    # cos as a sine of the distance to its zero: 1 - ratio of neighbours keeps its digits at both ends.
-    f = jnp.sin(0.5 * math.pi * (1.0 - edges) / (1 + offset)) ** 2
-    return jnp.minimum(1 - f[1:] / f[:-1], max_beta)
+    edges = np.linspace(0.0, 1.0, num_levels + 1)
+    # In float64 on the host: 1 - ratio of neighbours is 4e-5 at the first level, and float32 would miss it by 0.2%.
+    f = np.sin(0.5 * math.pi * (1.0 - edges) / (1 + offset)) ** 2
+    return jnp.asarray(np.minimum(1 - f[1:] / f[:-1], max_beta), float)
 
 
 @pytree_dataclass
@@ -46,6 +48,13 @@ class DDPM(_UnitPrior, SDE):
     t_train: Number = None
 
     def __post_init__(self):
+        if isinstance(self.betas, (jax.Array, np.ndarray)) and not isinstance(self.betas, jax.core.Tracer):
+            low, high = np.min(self.betas), np.max(self.betas)
+            check(
+                0 < low and high < 1,
+                f"betas run from {low:g} to {high:g}; each must lie inside (0, 1): beta = 1 (zero terminal SNR) has no "
+                "continuous process, use CosineVP(t_max=1.0)",
+            )
         for name in ("t_min", "t_train"):
             if getattr(self, name) is None and hasattr(self.betas, "shape"):
                 object.__setattr__(self, name, 1.0 / self.betas.shape[0])
@@ -84,6 +93,8 @@ class SMLD(VE):
 
     def __post_init__(self):
         check(self.num_levels >= 2, f"num_levels={self.num_levels} must be at least 2; NCSN++ has 1000")
+        # VE's own check of the times does not apply: at t = 0 the noise is sigma_min, and SMLD uses it.
+        self._check_sigmas()
 
     @property
     def levels(self) -> Float[Array, " n"]:

@@ -34,8 +34,9 @@ PREDICTIONS: dict[str, Callable] = {
 NOISE_LABELS: dict[str, Callable] = {
     "t": lambda sde, t: t,
     "log_sigma": lambda sde, t: sde.log_sigma(t),
-    "log_snr": lambda sde, t: sde.log_snr(t),
-    "edm": lambda sde, t: -0.125 * sde.log_snr(t),  # 1/4 log(sigma / alpha)
+    # At zero terminal SNR lambda = -inf; the network sees the -20 at which everything else stops too.
+    "log_snr": lambda sde, t: jnp.maximum(sde.log_snr(t), -20.0),
+    "edm": lambda sde, t: -0.125 * jnp.maximum(sde.log_snr(t), -20.0),  # 1/4 log(sigma / alpha)
 }
 
 
@@ -121,7 +122,9 @@ def as_pytree(fn: Callable) -> Callable:
 
 def zero_terminal_snr(sde: SDE) -> bool:
     """Whether alpha(t_max) = 0; False where the SDE's fields are traced."""
-    log_snr = sde.log_snr(jnp.asarray(sde.t_max, float))
+    # Inside jax.jit an operation on constants is traced as well, unless it is asked not to be.
+    with jax.ensure_compile_time_eval():
+        log_snr = sde.log_snr(jnp.asarray(sde.t_max, float))
     return not isinstance(log_snr, jax.core.Tracer) and bool(log_snr == -jnp.inf)
 
 

@@ -213,6 +213,9 @@ class VE(SDE):
 
     def __post_init__(self):
         super().__post_init__()
+        self._check_sigmas()
+
+    def _check_sigmas(self):
         if isinstance(self.sigma_min, (int, float)) and isinstance(self.sigma_max, (int, float)):
             check(
                 0 < self.sigma_min < self.sigma_max,

@@ -45,7 +45,10 @@ def time_grid(
       ValueError: unknown kind, num_steps < 1, or t_end outside [t_train, t_max).
     """
     fn = lookup(GRIDS, kind, "grid")
-    check(num_steps >= 1, f"num_steps={num_steps} must be at least 1; 20 to 50 is usual for an ODE sampler")
+    check(
+        isinstance(num_steps, (int, np.integer)) and num_steps >= 1,
+        f"num_steps={num_steps} must be an integer of at least 1; 20 to 50 is usual for an ODE sampler",
+    )
     t0 = jnp.asarray(sde.t_max, float)
     t1 = jnp.asarray(check_t_end(sde, t_end), float)
     grid = fn(sde, t0, t1, jnp.linspace(0.0, 1.0, num_steps + 1))
@@ -85,9 +88,8 @@ def resolve_grid(
             "grid must be strictly decreasing from the prior's time to the data's; reverse it or drop repeated times",
         )
         # Times that were rounded to float32 on their way here may miss the range by that rounding.
-        slack = 1e-6 * sde.t_max
         check(
-            times[0] <= sde.t_max + slack and times[-1] >= sde.t_train - slack,
+            times[0] <= sde.t_max * (1 + 1e-6) and times[-1] >= sde.t_train * (1 - 1e-6),
             f"grid runs from {times[0]:g} to {times[-1]:g}, outside the range [{sde.t_train}, {sde.t_max}] of "
             f"{type(sde).__name__}",
         )

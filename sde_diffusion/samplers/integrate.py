@@ -31,6 +31,11 @@ def integrate(
         raise ValueError(f"shape={shape} must be (batch, *event) with at least one event axis, all positive")
     if init is not None and init.shape != shape:
         raise ValueError(f"init has shape {init.shape} but shape={shape} was asked for; make them equal")
+    if init is not None:
+        if not jnp.issubdtype(init.dtype, jnp.floating):
+            raise ValueError(f"init has dtype {init.dtype}; pass floats, of the scale of the prior")
+        # The state keeps float32 or wider, whatever the network computes in.
+        init = init.astype(jnp.promote_types(init.dtype, jnp.float32))
     if zero_terminal_snr(sde) and not hasattr(score_fn, "predict"):
         raise ValueError(
             f"a bare score function leaves x0 undefined at zero terminal SNR (alpha({sde.t_max}) = 0): use as_score with "

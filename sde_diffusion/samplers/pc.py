@@ -92,8 +92,8 @@ def sample_pc(
     step = resolve(PREDICTORS, predictor, "predictor", sde)
     check(corrector_steps >= 0, f"corrector_steps={corrector_steps} must be at least 0; 1 is usual")
     check(snr > 0, f"snr={snr} must be positive; 0.16 is usual")
-    step_size = lookup({**CORRECTORS, None: langevin}, corrector, "corrector")
-    steps = corrector_steps if corrector else 0
+    step_size = langevin if corrector is None else lookup(CORRECTORS, corrector, "corrector")
+    steps = 0 if corrector is None else corrector_steps
     return integrate(
         PredictorCorrector(snr, step, step_size, steps), score_fn, sde, key, shape, num_steps=num_steps, grid=grid,
         t_end=t_end, init=init, denoise=denoise, return_path=return_path,
