@@ -125,7 +125,7 @@ def zero_terminal_snr(sde: SDE) -> bool:
     # Inside jax.jit an operation on constants is traced as well, unless it is asked not to be.
     with jax.ensure_compile_time_eval():
         log_snr = sde.log_snr(jnp.asarray(sde.t_max, float))
-    return not isinstance(log_snr, jax.core.Tracer) and bool(log_snr == -jnp.inf)
+        return not isinstance(log_snr, jax.core.Tracer) and bool(log_snr == -jnp.inf)
 
 
 def score(score_fn, x: Float[Array, "b ..."], t: Float[Array, "..."]) -> Float[Array, "b ..."]:

@@ -1,5 +1,6 @@
 """Training, top to bottom."""
 
+import contextlib
 import sys
 import time
 from pathlib import Path
@@ -207,13 +208,15 @@ def train(config: ConfigDict, workdir: Path, dataset: data.Dataset) -> TrainStat
         totals = fresh_totals()
         main_host = jax.process_index() == 0
         with (
-            report.Metrics(workdir, resume_step=start) as metrics,
+            (report.Metrics(workdir, resume_step=start) if main_host else contextlib.nullcontext()) as metrics,
             tqdm(total=c.num_steps, initial=start, unit="step", disable=not main_host, file=sys.stderr) as bar,
         ):
             ready = None  # totals of a finished interval, read one step later so that the device never waits
             clock = None
+            # Data in memory is read faster than any thread hands it over.
+            source = iter(batches[start:]) if isinstance(dataset.train, np.ndarray) else iter(data.read_ahead(batches, start))
             for step in range(start, c.num_steps):
-                batch = sharding.put_batch(mesh, batches[step])
+                batch = sharding.put_batch(mesh, next(source))
                 state, totals = update(state, totals, batch)
                 bar.update()
                 if ready is not None:
@@ -247,7 +250,8 @@ def _log(config, metrics, bar, step, totals, clock, state):
         row["steps_per_s"] = (step - clock[0]) / (now - clock[1])
         row["examples_per_s"] = row["steps_per_s"] * config.train.batch_size
     row["devices"] = jax.device_count()
-    metrics.write(step, row)
+    if metrics is not None:
+        metrics.write(step, row)
     bar.set_postfix_str(f"loss {row['loss']:.4g}")
     if totals.skipped:
         bad = int(state.bad_steps)
