@@ -98,7 +98,7 @@ def main(argv):
             params = checkpoints.restore(abstract, step).ema
 
     if _MODE.value == "sample":
-        samples = evaluate.sample(config, params, mesh, dataset.event_shape, num=config.sample.num, seed=config.sample.seed)
+        samples = evaluate.make_sampler(config, mesh, dataset.event_shape)(params, config.sample.num, config.sample.seed)
         if jax.process_index() == 0:
             evaluate.write_samples(config, workdir, samples, step, dataset, scaler)
     else:

@@ -206,6 +206,7 @@ def train(config: ConfigDict, workdir: Path, dataset: data.Dataset) -> TrainStat
         )
         fresh_totals = lambda: jax.device_put(zero_totals(), sharding.replicated(mesh))  # noqa: E731
         totals = fresh_totals()
+        draw = evaluate.make_sampler(config, mesh, dataset.event_shape)
         main_host = jax.process_index() == 0
         with (
             (report.Metrics(workdir, resume_step=start) if main_host else contextlib.nullcontext()) as metrics,
@@ -235,8 +236,9 @@ def train(config: ConfigDict, workdir: Path, dataset: data.Dataset) -> TrainStat
                     if int(state.bad_steps) == 0 and (done % c.checkpoint_every == 0 or last):
                         checkpoints.save(done, state)
                     if done % c.sample_every == 0 and not last:
-                        samples = evaluate.sample(config, state.ema, mesh, dataset.event_shape, num=64, seed=config.seed)
-                        evaluate.save_samples(workdir / "samples" / f"train_{done:08d}.png", samples, scaler, dataset, metrics, done)
+                        samples = draw(state.ema, min(100, config.sample.num), config.sample.seed)
+                        picture = workdir / "samples" / f"train_{done:08d}.png"
+                        evaluate.save_samples(picture, samples, scaler, dataset, metrics, done)
                     clock = (done, time.perf_counter())
     return state
 

@@ -1,8 +1,9 @@
 """Networks by name.
 
-Every network is called as `apply({"params": params}, x, c, labels=None, train=False,
-rngs={"dropout": key})`: x `(B, *event)`, c `(B,)` a noise label whose scale the caller picks (t, log
-sigma, log-SNR), labels `(B,)` int or None. It returns an array like x, at least float32.
+Every network is called as
+`apply({"params": params}, x, c, labels=None, train=False, rngs={"dropout": key})`:
+x `(B, *event)`, c `(B,)` a noise label whose scale the caller picks (t, log sigma, log-SNR),
+labels `(B,)` int or None. It returns an array like x, at least float32.
 """
 
 from dataclasses import fields

@@ -1,0 +1,22 @@
+"""The digits of vp_digits.py under the variance-exploding SDE, with EDM's preconditioning and weighting.
+
+    python -m sde_diffusion.main --config=configs/ve_digits.py --workdir=runs/ve_digits
+"""
+
+from sde_diffusion.config import experiment
+
+
+def get_config():
+    return experiment(
+        data=dict(name="digits"),
+        sde=dict(name="ve", sigma_min=0.01, sigma_max=50.0),
+        model=dict(
+            name="unet", channels=16, multipliers=(1, 2), num_blocks=1, embedding_scale=10.0, input_fourier=(3, 4)
+        ),
+        prediction=dict(kind="edm", sigma_data=0.75),
+        loss=dict(name="weighted", weight="elbo", times="log_snr"),
+        optim=dict(lr=1e-3, warmup_steps=200, grad_clip=1.0, ema_decay=0.998),
+        train=dict(batch_size=64, num_steps=2500, log_every=50, sample_every=500, checkpoint_every=500),
+        sample=dict(num=300, batch_size=100, num_steps=18),
+        eval=dict(batch_size=297, rtol=1e-2, atol=1e-2, gaussian_mixture=True),
+    )

@@ -1,0 +1,29 @@
+"""MNIST under the VP SDE, trained on the ELBO: an hour on a GPU, a smoke test with fewer steps on a CPU.
+
+    python -m sde_diffusion.main --config=configs/vp_mnist.py --workdir=runs/vp_mnist
+"""
+
+from sde_diffusion.config import experiment
+
+
+def get_config():
+    return experiment(
+        data=dict(name="mnist"),
+        sde=dict(name="vp"),
+        model=dict(
+            name="unet",
+            channels=32,
+            multipliers=(1, 2, 2),
+            num_blocks=2,
+            attention=(7,),
+            embedding_scale=10.0,
+        ),
+        prediction=dict(kind="eps", noise_label="log_snr"),
+        loss=dict(name="weighted", weight="elbo", times="log_snr"),
+        optim=dict(lr=5e-4, warmup_steps=500, ema_decay=0.9995),
+        train=dict(
+            batch_size=128, num_steps=50_000, log_every=50, sample_every=1000, checkpoint_every=1000
+        ),
+        sample=dict(num=1024, batch_size=256, num_steps=32),
+        eval=dict(batch_size=256, rtol=1e-2, atol=1e-2, t_end=1e-5),
+    )

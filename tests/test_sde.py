@@ -1,0 +1,220 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.integrate
+import scipy.stats
+from oracle import SDES, ZERO_SNR, drift_and_squared_diffusion
+
+import sde_diffusion as sd
+from sde_diffusion.sde import SDES as CLASSES
+
+TIMES = np.array([1e-5, 1e-3, 0.03, 0.2, 0.5, 0.8, 0.95, 0.999])
+NAMES = sorted(SDES)
+
+
+def coefficients(sde, t):
+    """f of x and g^2, through the public methods."""
+    return sde.drift(jnp.ones((len(t), 1), t.dtype), t)[:, 0], sde.diffusion(t) ** 2
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_drift_and_diffusion_are_the_published_ones(name, x64):
+    drift, squared = coefficients(SDES[name], jnp.asarray(TIMES))
+    published = drift_and_squared_diffusion(name, TIMES)
+    np.testing.assert_allclose(drift, published[0], rtol=1e-9, atol=1e-14)
+    np.testing.assert_allclose(squared, published[1], rtol=1e-9)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_moments_solve_their_differential_equations(name, x64):
+    """dm/dt = f m and dv/dt = 2 f v + g^2, integrated by scipy, give alpha and sigma^2."""
+    sde = SDES[name]
+
+    @jax.jit
+    def rates(t, y):
+        f, squared = (c[0] for c in coefficients(sde, t[None]))
+        return jnp.stack([f * y[0], 2 * f * y[1] + squared])
+
+    times = TIMES[TIMES >= 1e-3]
+    t0 = jnp.asarray(1e-3)
+    start = np.array([sde.alpha(t0), sde.sigma(t0) ** 2])
+    solution = scipy.integrate.solve_ivp(
+        lambda t, y: np.asarray(rates(t, y)), (1e-3, 0.999), start, "DOP853", times, rtol=1e-10, atol=1e-14
+    )
+    np.testing.assert_allclose(sde.alpha(jnp.asarray(times)), solution.y[0], rtol=1e-7)
+    np.testing.assert_allclose(sde.sigma(jnp.asarray(times)) ** 2, solution.y[1], rtol=1e-7)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_diffusion_by_autodiff_of_the_variance(name, x64):
+    """g^2 = d sigma^2/dt - 2 f sigma^2: a route that does not pass through the log-SNR."""
+    sde, t = SDES[name], jnp.asarray(TIMES)
+    slope = jax.vmap(jax.grad(lambda t: sde.sigma(t) ** 2))(t)
+    drift, squared = coefficients(sde, t)
+    np.testing.assert_allclose(squared, slope - 2 * drift * sde.sigma(t) ** 2, rtol=1e-9)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_log_snr_is_the_ratio_of_the_marginals(name, x64):
+    sde, t = SDES[name], jnp.asarray(TIMES)
+    log_snr = np.asarray(sde.log_snr(t))
+    np.testing.assert_allclose(log_snr, np.log(sde.alpha(t) ** 2 / sde.sigma(t) ** 2), rtol=1e-7, atol=1e-9)
+    assert (np.diff(log_snr) < 0).all()
+    np.testing.assert_allclose(sde.log_snr_rate(t), jax.vmap(jax.grad(sde.log_snr))(t))
+
+
+def test_values_from_the_papers(x64):
+    one, half = jnp.asarray(1.0), jnp.asarray(0.5)
+    vp, subvp, ve, cosine = SDES["vp"], SDES["subvp"], SDES["ve"], SDES["cosine"]
+    # beta from 0.1 to 20 integrates to 10.05.
+    np.testing.assert_allclose(vp.alpha(one), np.exp(-5.025))
+    np.testing.assert_allclose(subvp.sigma(one), 1 - np.exp(-10.05))
+    np.testing.assert_allclose(vp.alpha(half) ** 2 + vp.sigma(half) ** 2, 1)
+    np.testing.assert_allclose(subvp.sigma(half), vp.sigma(half) ** 2)
+    # Half-way, VE stands at the geometric mean of 0.01 and 50, and the cosine schedule at signal = noise.
+    np.testing.assert_allclose(ve.sigma(half), np.sqrt(0.5))
+    np.testing.assert_allclose(ve.sigma(one), 50)
+    np.testing.assert_allclose(cosine.log_snr(half), 0, atol=1e-12)
+    np.testing.assert_allclose(cosine.log_snr(jnp.asarray(0.999)), -12.9, atol=0.05)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_float32_keeps_its_digits_at_both_ends(name, x64):
+    sde = SDES[name]
+    t32 = jnp.concatenate([jnp.geomspace(1e-5, 1e-1, 50), jnp.linspace(0.1, sde.t_max, 50)]).astype(jnp.float32)
+    t64 = t32.astype(jnp.float64)
+    for fn in (sde.alpha, sde.sigma, sde.diffusion, sde.log_snr_rate):
+        assert fn(t32).dtype == jnp.float32
+        np.testing.assert_allclose(fn(t32), fn(t64), rtol=3e-5 if fn == sde.diffusion else 2e-5)
+    np.testing.assert_allclose(sde.log_snr(t32), sde.log_snr(t64), atol=1e-5, rtol=0)
+    # A drift that is itself about 1e-5 is held to an absolute error.
+    drift32, drift64 = (coefficients(sde, t)[0] for t in (t32, t64))
+    np.testing.assert_allclose(drift32, drift64, rtol=2e-5, atol=3e-7)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_time_inverts_log_snr(name, x64):
+    sde = SDES[name]
+    t = jnp.geomspace(sde.t_train, sde.t_max, 40)
+    np.testing.assert_allclose(sde.time(sde.log_snr(t)), t, rtol=1e-9)
+    in_float32 = sde.time(sde.log_snr(t.astype(jnp.float32)))
+    # lambda near 20 is rounded to 1e-6, and dt/t is of that size.
+    np.testing.assert_allclose(in_float32, t, rtol=1e-5, atol=1e-6 if name == "ve" else 0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_time_is_clipped_beyond_the_ends(name):
+    sde = SDES[name]
+    early, late = sde.time(jnp.asarray([80.0, -80.0]))
+    assert 0 <= early < 1e-5 and late == np.float32(sde.t_max)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_time_is_differentiable(name, x64):
+    sde = SDES[name]
+    log_snr = jnp.linspace(-4.0, 6.0, 7)
+    h = 1e-4
+    finite = (sde.time(log_snr + h) - sde.time(log_snr - h)) / (2 * h)
+    np.testing.assert_allclose(jax.vmap(jax.grad(sde.time))(log_snr), finite, rtol=1e-6)
+
+
+def test_time_is_differentiable_in_the_schedule(x64):
+    """At a fixed log-SNR a larger beta_max means an earlier time."""
+    def time(beta_max):
+        return dataclasses.replace(SDES["vp"], beta_max=beta_max).time(jnp.asarray(-1.0))
+
+    finite = (time(20.01) - time(19.99)) / 0.02
+    np.testing.assert_allclose(jax.grad(time)(20.0), finite, rtol=1e-5)
+    assert finite < 0
+
+
+def test_zero_terminal_snr():
+    one = jnp.asarray(1.0)
+    assert ZERO_SNR.alpha(one) == 0 and ZERO_SNR.sigma(one) == 1 and ZERO_SNR.log_snr(one) == -jnp.inf
+    x0 = jnp.full((2, 3), 7.0)
+    eps = jax.random.normal(jax.random.key(0), (2, 3))
+    np.testing.assert_array_equal(ZERO_SNR.perturb(x0, eps, jnp.ones(2)), eps)
+    # Just before the end the marginal is still right, to float32's rounding of alpha.
+    near = jnp.asarray(1 - 2.0**-20)
+    np.testing.assert_allclose(ZERO_SNR.alpha(near), np.pi / 2 * 2.0**-20, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("event", [(1,), (3,), (4, 4, 3)])
+def test_perturb_draws_from_the_marginal(name, event):
+    sde, n = SDES[name], 40_000
+    batch = n // int(np.prod(event))
+    x0 = jnp.full((batch, *event), 1.5)
+    t = jnp.full(batch, 0.3)
+    x = np.asarray(sde.perturb(x0, jax.random.normal(jax.random.key(1), x0.shape), t))
+    assert x.shape == x0.shape
+    mean, std = 1.5 * float(sde.alpha(t[0])), float(sde.sigma(t[0]))
+    # Standard errors of the mean and of the standard deviation of n normals: std / sqrt(n), std / sqrt(2 n).
+    assert abs(x.mean() - mean) < 4 * std / np.sqrt(n)
+    assert abs(x.std() - std) < 4 * std / np.sqrt(2 * n)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_scalar_time_is_a_batch_of_equal_times(name):
+    sde = SDES[name]
+    x = jax.random.normal(jax.random.key(2), (5, 2, 3))
+    t = jnp.asarray(0.4)
+    np.testing.assert_allclose(sde.drift(x, t), sde.drift(x, jnp.full(5, 0.4)), rtol=1e-6)
+    np.testing.assert_allclose(sde.perturb(x, x, t), sde.perturb(x, x, jnp.full(5, 0.4)), rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_prior(name):
+    sde = SDES[name]
+    scale = 50.0 if name == "ve" else 1.0
+    x = np.asarray(sde.prior_sample(jax.random.key(3), (5_000, 2, 4)))
+    n = x.size
+    assert abs(x.mean()) < 4 * scale / np.sqrt(n)
+    assert abs(x.std() - scale) < 4 * scale / np.sqrt(2 * n)
+    expected = scipy.stats.norm(0, scale).logpdf(x[:7].astype(np.float64)).sum(axis=(1, 2))
+    np.testing.assert_allclose(sde.prior_log_prob(jnp.asarray(x[:7])), expected, rtol=1e-5)
+    # It stands for the marginal at t_max.
+    end = jnp.asarray(sde.t_max)
+    np.testing.assert_allclose(sde.sigma(end), scale, rtol=1e-4)
+    assert name == "ve" or sde.alpha(end) < 0.01
+
+
+def test_fields_are_leaves_that_do_not_recompile():
+    traces = []
+
+    @jax.jit
+    def sigma(sde, t):
+        traces.append(1)
+        return sde.sigma(t)
+
+    t = jnp.asarray([0.1, 0.2])
+    values = [sigma(sd.VP(beta_max=b), t) for b in (10.0, 15.0, 20.0)]
+    assert len(traces) == 1
+    together = jax.vmap(lambda b: sd.VP(beta_max=b).sigma(t))(jnp.asarray([10.0, 15.0, 20.0]))
+    np.testing.assert_allclose(together, np.stack(values), rtol=1e-6)
+
+
+def test_frozen_and_known_by_name():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        SDES["vp"].beta_max = 3.0
+    assert {name: type(sde) for name, sde in SDES.items()} == CLASSES
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: sd.VP(beta_min=30.0), ["VP", "beta_min=30.0", "beta_max=20.0", "usual"]),
+        (lambda: sd.SubVP(beta_max=float("nan")), ["SubVP", "beta_max=nan"]),
+        (lambda: sd.VE(sigma_min=0.0), ["VE", "sigma_min=0.0", "0.01"]),
+        (lambda: sd.VE(sigma_min=60.0), ["sigma_min=60.0", "sigma_max=50.0"]),
+        (lambda: sd.VP(t_min=2.0), ["t_min=2.0", "t_max=1.0", "t_train"]),
+        (lambda: sd.CosineVP(t_train=0.0), ["CosineVP", "t_train=0.0"]),
+    ],
+)
+def test_bad_ranges_are_refused(make, words):
+    with pytest.raises(ValueError) as error:
+        make()
+    assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)
