@@ -13,7 +13,7 @@ def get_config():
         model=dict(
             name="unet", channels=16, multipliers=(1, 2), num_blocks=1, embedding_scale=10.0, input_fourier=(3, 4)
         ),
-        prediction=dict(kind="edm", sigma_data=0.75),
+        prediction=dict(kind="edm", noise_label="log_snr", sigma_data=0.75),
         loss=dict(name="weighted", weight="elbo", times="log_snr"),
         optim=dict(lr=1e-3, warmup_steps=200, grad_clip=1.0, ema_decay=0.998),
         train=dict(batch_size=64, num_steps=2500, log_every=50, sample_every=500, checkpoint_every=500),

@@ -241,6 +241,11 @@ def _prediction_options(config):
     return {"prediction": p.kind, "noise_label": p.noise_label, "sigma_data": p.sigma_data}
 
 
+def data_options(config: ConfigDict) -> dict[str, Any]:
+    """The arguments of `data.load`."""
+    return {key: config.data[key] for key in ("name", "data_dir", "image_size", "channels")}
+
+
 def build_model(config: ConfigDict):
     """The network of the config, a Linen module."""
     return models.build(config.model.name, **_model_options(config))

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from sde_diffusion.sde import SDE, VE, Number, _UnitPrior, check, pytree_dataclass
+from sde_diffusion.sde import SDE, VE, Number, Times, _UnitPrior, check, pytree_dataclass
 
 
 def linear_betas(
@@ -48,6 +48,12 @@ class DDPM(_UnitPrior, SDE):
     t_train: Number = None
 
     def __post_init__(self):
+        # t_min is given where JAX rebuilds the pytree, with leaves of its own.
+        if self.t_min is None and isinstance(self.betas, (list, tuple, jax.Array, np.ndarray)):
+            check(
+                np.ndim(self.betas) == 1 and hasattr(self.betas, "shape"),
+                f"betas is a {type(self.betas).__name__} of shape {np.shape(self.betas)}; pass an array (N,)",
+            )
         if isinstance(self.betas, (jax.Array, np.ndarray)) and not isinstance(self.betas, jax.core.Tracer):
             low, high = np.min(self.betas), np.max(self.betas)
             check(
@@ -65,17 +71,17 @@ class DDPM(_UnitPrior, SDE):
         num = self.betas.shape[0]
         return jnp.arange(1, num + 1) / num
 
-    def integrated_beta(self, t: Float[Array, "*b"]) -> Float[Array, "*b"]:
+    def integrated_beta(self, t: Times) -> Float[Array, "*b"]:
         """-log alpha^2, piecewise linear in t."""
         num = self.betas.shape[0]
         total = jnp.concatenate([jnp.zeros(1), jnp.cumsum(-jnp.log1p(-self.betas))])
         return jnp.interp(jnp.asarray(t) * num, jnp.arange(num + 1.0), total)
 
-    def log_alpha(self, t: Float[Array, "*b"]) -> Float[Array, "*b"]:
+    def log_alpha(self, t: Times) -> Float[Array, "*b"]:
         """-1/2 int beta."""
         return -0.5 * self.integrated_beta(t)
 
-    def log_sigma(self, t: Float[Array, "*b"]) -> Float[Array, "*b"]:
+    def log_sigma(self, t: Times) -> Float[Array, "*b"]:
         """1/2 log(1 - alpha^2)."""
         return 0.5 * jnp.log(-jnp.expm1(-self.integrated_beta(t)))
 

@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,41 @@ from ml_collections import ConfigDict
 from sde_diffusion import config as configs
 from sde_diffusion import data, report, sharding
 from sde_diffusion.analytic import GaussianMixture
+from sde_diffusion.checkpoint import Checkpoints
 from sde_diffusion.likelihood import log_likelihood
+from sde_diffusion.sde import SDE
+
+
+class Run(NamedTuple):
+    """A trained run, to sample from or to evaluate in a notebook."""
+
+    score_fn: Any  # `(x (B, *event), t (B,)) -> (B, *event)`, of the averaged parameters
+    sde: SDE
+    event_shape: tuple[int, ...]
+    scaler: data.Scaler  # `scaler.to_uint8(samples)` makes pictures
+    step: int
+    config: ConfigDict
+
+
+def load_run(workdir: str | Path) -> Run:
+    """The newest checkpoint of a workdir that `python -m sde_diffusion.main` wrote.
+
+    Raises:
+      ValueError: no config or no checkpoint there.
+    """
+    from sde_diffusion import train
+
+    path = Path(workdir).expanduser().absolute()
+    with Checkpoints(path, read_only=True) as checkpoints:
+        step = checkpoints.latest_step()
+        if step is None or not (path / "config.json").exists():
+            raise ValueError(f"no trained run in {path}; python -m sde_diffusion.main --workdir={workdir} makes one")
+        config = configs.load(path / "config.json")
+        dataset = data.load(**configs.data_options(config), in_memory=False)
+        _, scaler, abstract = train.prepare(config, dataset)
+        params = checkpoints.restore(abstract, step).ema
+    score_fn = _score(config, params, 1)
+    return Run(score_fn, configs.build_sde(config), dataset.event_shape, scaler, step, config)
 
 
 def _score(config, params, n):

@@ -4,7 +4,7 @@ import os
 import sys
 from pathlib import Path
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 _HERE = Path(__file__).resolve().parent
@@ -54,6 +54,9 @@ def main(argv):
         _fail("--workdir is missing; name a folder for this run, as --workdir=runs/digits")
     workdir = Path(_WORKDIR.value).expanduser().absolute()
 
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)  # Orbax tells every step of every write
+
     import jax
 
     # A U-Net compiles for longer than a short run takes. The environment variable of the same name goes first.
@@ -79,8 +82,7 @@ def main(argv):
                     f"{workdir} holds a run of another config ({'; '.join(changes)}); use another --workdir, or drop "
                     "these changes"
                 )
-        d = config.data
-        dataset = data.load(d.name, data_dir=d.data_dir, image_size=d.image_size, channels=d.channels)
+        dataset = data.load(**configs.data_options(config))
         mesh, scaler, abstract = train.prepare(config, dataset)
     except (ValueError, TypeError, OSError, ImportError) as error:
         _fail(" ".join(str(error).split()))

@@ -105,7 +105,8 @@ def as_score(
             f"prediction={prediction!r} cannot start from zero terminal SNR (alpha({sde.t_max}) = 0): "
             "use prediction='v' or 'x0', or an SDE with a smaller t_max"
         )
-    return NetworkScore(jax.tree_util.Partial(network), sde, sigma_data, prediction, noise_label)
+    # Not Partial(network): a Partial in a Partial is one static function, with its parameters as constants.
+    return NetworkScore(as_pytree(network), sde, sigma_data, prediction, noise_label)
 
 
 def as_pytree(fn: Callable) -> Callable:
@@ -115,7 +116,9 @@ def as_pytree(fn: Callable) -> Callable:
     other function becomes static: it compiles once per function object and, as under `jax.jit`, keeps the arrays that it
     closed over at that time.
     """
-    if all(isinstance(leaf, (jax.Array, np.ndarray, int, float)) for leaf in jax.tree.leaves(fn)):
+    leaves = jax.tree.leaves(fn)
+    # A bool among them (train=False) would be traced, and networks branch on it.
+    if all(isinstance(v, (jax.Array, np.ndarray, np.number, int, float)) and not isinstance(v, bool) for v in leaves):
         return fn
     return jax.tree_util.Partial(fn)
 

@@ -10,7 +10,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
+
+# A scalar, or an array of any shape.
+Times = Float[Array, "*b"] | Float[np.ndarray, "*b"] | float
 
 # A float; under a JAX transformation, whatever leaf JAX puts in its place.
 Number = Any
@@ -21,7 +25,7 @@ def pytree_dataclass(cls):
     return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True)(cls))
 
 
-def expand(coefficient: Float[Array, "*b"], x: Float[Array, "..."]) -> Float[Array, "..."]:
+def expand(coefficient: Times, x: Float[Array, "..."]) -> Float[Array, "..."]:
     """Appends axes to a per-example coefficient `(B,)` until it broadcasts against x `(B, *event)`; leaves scalars."""
     coefficient = jnp.asarray(coefficient)
     if coefficient.ndim == 0:
@@ -60,41 +64,41 @@ class SDE:
                 f"t_min={self.t_min}, t_max={self.t_max}; set all three to fit",
             )
 
-    def log_alpha(self, t: Float[Array, "*b"]) -> Float[Array, "*b"]:
+    def log_alpha(self, t: Times) -> Float[Array, "*b"]:
         """log alpha(t)."""
         raise NotImplementedError
 
-    def log_sigma(self, t: Float[Array, "*b"]) -> Float[Array, "*b"]:
+    def log_sigma(self, t: Times) -> Float[Array, "*b"]:
         """log sigma(t)."""
         raise NotImplementedError
 
-    def alpha(self, t: Float[Array, "*b"]) -> Float[Array, "*b"]:
+    def alpha(self, t: Times) -> Float[Array, "*b"]:
         """The factor of the data, alpha(t)."""
         return jnp.exp(self.log_alpha(jnp.asarray(t)))
 
-    def sigma(self, t: Float[Array, "*b"]) -> Float[Array, "*b"]:
+    def sigma(self, t: Times) -> Float[Array, "*b"]:
         """The standard deviation of the noise, sigma(t)."""
         return jnp.exp(self.log_sigma(jnp.asarray(t)))
 
-    def log_snr(self, t: Float[Array, "*b"]) -> Float[Array, "*b"]:
+    def log_snr(self, t: Times) -> Float[Array, "*b"]:
         """lambda(t) = log(alpha^2 / sigma^2), strictly decreasing in t."""
         t = jnp.asarray(t)
         return 2 * (self.log_alpha(t) - self.log_sigma(t))
 
-    def log_snr_rate(self, t: Float[Array, "*b"]) -> Float[Array, "*b"]:
+    def log_snr_rate(self, t: Times) -> Float[Array, "*b"]:
         """d lambda / dt < 0."""
         return derivative(self.log_snr, jnp.asarray(t))
 
-    def drift(self, x: Float[Array, "..."], t: Float[Array, "*b"]) -> Float[Array, "..."]:
+    def drift(self, x: Float[Array, "..."], t: Times) -> Float[Array, "..."]:
         """f(x, t) = (d log alpha / dt) x, of x's shape `(B, *event)`; t is `(B,)` or a scalar."""
         return expand(derivative(self.log_alpha, jnp.asarray(t)), x) * x
 
-    def diffusion(self, t: Float[Array, "*b"]) -> Float[Array, "*b"]:
+    def diffusion(self, t: Times) -> Float[Array, "*b"]:
         """g(t) >= 0, from g^2 = -sigma^2 d lambda / dt."""
         return self.sigma(t) * jnp.sqrt(-self.log_snr_rate(t))
 
     def perturb(
-        self, x0: Float[Array, "..."], eps: Float[Array, "..."], t: Float[Array, "*b"]
+        self, x0: Float[Array, "..."], eps: Float[Array, "..."], t: Times
     ) -> Float[Array, "..."]:
         """x_t = alpha(t) x_0 + sigma(t) eps, of x0's shape; a draw from the marginal when eps ~ N(0, I)."""
         return expand(self.alpha(t), x0) * x0 + expand(self.sigma(t), x0) * eps
@@ -143,11 +147,11 @@ class _UnitPrior:
 
 
 class _LinearBeta(_UnitPrior, SDE):
-    def integrated_beta(self, t: Float[Array, "*b"]) -> Float[Array, "*b"]:
+    def integrated_beta(self, t: Times) -> Float[Array, "*b"]:
         """Integral of beta(s) = beta_min + s (beta_max - beta_min) from 0 to t."""
         return t * (self.beta_min + 0.5 * t * (self.beta_max - self.beta_min))
 
-    def log_alpha(self, t: Float[Array, "*b"]) -> Float[Array, "*b"]:
+    def log_alpha(self, t: Times) -> Float[Array, "*b"]:
         """-1/2 int beta."""
         return -0.5 * self.integrated_beta(t)
 
@@ -174,7 +178,7 @@ class VP(_LinearBeta):
     t_max: Number = 1.0
     t_train: Number = 1e-5
 
-    def log_sigma(self, t: Float[Array, "*b"]) -> Float[Array, "*b"]:
+    def log_sigma(self, t: Times) -> Float[Array, "*b"]:
         """1/2 log(1 - exp(-int beta)), by expm1 so that small t keeps its digits."""
         return 0.5 * jnp.log(-jnp.expm1(-self.integrated_beta(t)))
 
@@ -192,7 +196,7 @@ class SubVP(_LinearBeta):
     t_max: Number = 1.0
     t_train: Number = 1e-5
 
-    def log_sigma(self, t: Float[Array, "*b"]) -> Float[Array, "*b"]:
+    def log_sigma(self, t: Times) -> Float[Array, "*b"]:
         """log(1 - exp(-int beta))."""
         return jnp.log(-jnp.expm1(-self.integrated_beta(t)))
 
@@ -223,11 +227,11 @@ class VE(SDE):
                 f"sigma_max={self.sigma_max}; 0.01 and 50 are usual",
             )
 
-    def log_alpha(self, t: Float[Array, "*b"]) -> Float[Array, "*b"]:
+    def log_alpha(self, t: Times) -> Float[Array, "*b"]:
         """0."""
         return jnp.zeros_like(t)
 
-    def log_sigma(self, t: Float[Array, "*b"]) -> Float[Array, "*b"]:
+    def log_sigma(self, t: Times) -> Float[Array, "*b"]:
         """log sigma_min + t log(sigma_max / sigma_min)."""
         return jnp.log(self.sigma_min) + t * (jnp.log(self.sigma_max) - jnp.log(self.sigma_min))
 
@@ -244,11 +248,11 @@ class CosineVP(_UnitPrior, SDE):
     t_max: Number = 0.999
     t_train: Number = 1e-5
 
-    def log_alpha(self, t: Float[Array, "*b"]) -> Float[Array, "*b"]:
+    def log_alpha(self, t: Times) -> Float[Array, "*b"]:
         """log sin(pi (1 - t) / 2): exactly -inf at t = 1, where cos(pi t / 2) would round to a negative number."""
         return jnp.log(jnp.sin(0.5 * math.pi * (1 - t)))
 
-    def log_sigma(self, t: Float[Array, "*b"]) -> Float[Array, "*b"]:
+    def log_sigma(self, t: Times) -> Float[Array, "*b"]:
         """log sin(pi t / 2)."""
         return jnp.log(jnp.sin(0.5 * math.pi * t))
 

@@ -1,0 +1,159 @@
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sde_diffusion import config as configs
+from sde_diffusion import data, evaluate, sharding, train
+from sde_diffusion.checkpoint import Checkpoints
+from sde_diffusion.config import experiment
+
+
+def tiny(**changes):
+    """A digits run of seconds: the MLP compiles fast, and all devices share a batch of 16."""
+    sections = dict(
+        model=dict(name="mlp", width=16, depth=1),
+        optim=dict(lr=1e-3, warmup_steps=5),
+        train=dict(batch_size=16, num_steps=8, log_every=2, sample_every=4, checkpoint_every=4),
+        sample=dict(num=8, batch_size=8, num_steps=2),
+        eval=dict(batch_size=16, num_examples=12, rtol=1e-1, atol=1e-1),
+    )
+    for section, values in changes.items():
+        sections[section] = {**sections.get(section, {}), **values}
+    return experiment(**sections)
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return data.load("digits")
+
+
+def run_updates(config, dataset, devices, steps):
+    mesh = sharding.make_mesh(devices)
+    scaler = data.Scaler(dataset.num_levels)
+    whole, split = sharding.replicated(mesh), sharding.by_batch(mesh)
+    state = jax.jit(lambda: train.init_state(config, dataset.event_shape), out_shardings=whole)()
+    update = jax.jit(train.make_update(config, scaler), in_shardings=(whole, whole, split), out_shardings=whole)
+    totals = jax.device_put(train.zero_totals(), whole)
+    batches = data.batches(dataset, config.train.batch_size, config.seed)
+    for step in range(steps):
+        state, totals = update(state, totals, sharding.put_batch(mesh, batches[step]))
+    return state, totals
+
+
+def leaves_equal(a, b):
+    return all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+
+
+def test_the_loss_falls_and_the_average_follows(digits):
+    config = tiny(optim=dict(lr=3e-3, ema_decay=0.9), model=dict(width=64, depth=2))
+    update = jax.jit(train.make_update(config, data.Scaler(17)))
+    state, batches = train.init_state(config, digits.event_shape), data.batches(digits, 16, 0)
+    losses = []
+    for step in range(200):
+        state, totals = update(state, jax.device_put(train.zero_totals()), batches[step])
+        losses.append(float(totals.loss))
+    # At eps_hat = 0 the ELBO's diffusion term is the number of dimensions over two times the span of the log-SNR.
+    sde = configs.build_sde(config)
+    start = 0.5 * 64 * float(sde.log_snr(sde.t_train) - sde.log_snr(sde.t_max))
+    assert losses[0] == pytest.approx(start, rel=0.1)
+    assert np.mean(losses[-20:]) < 0.85 * np.mean(losses[:5])
+    gap = jax.tree.map(lambda e, p: float(jnp.abs(e - p).max()), state.ema, state.params)
+    assert 0 < max(jax.tree.leaves(gap)) < 0.5
+
+
+def test_totals_cover_every_step_and_noise_level(digits):
+    config = tiny()
+    _, totals = run_updates(config, digits, jax.devices()[:1], 6)
+    assert int(totals.updates) == 6 and int(totals.skipped) == 0
+    assert int(totals.level_count.sum()) == 6 * 16
+    # Stratified times, uniform in the log-SNR: 16 times in 8 equal parts are 2 in each, every step.
+    np.testing.assert_allclose(totals.level_count, 12, atol=1)
+    assert float(totals.level_loss.sum()) / 16 == pytest.approx(float(totals.loss), rel=1e-4)
+    row = train.summarize(config, jax.device_get(totals))
+    assert row["loss"] == pytest.approx(float(totals.loss) / 6)
+    assert sum(name.startswith("loss_by_log_snr") for name in row) == 8
+
+
+def test_a_non_finite_loss_is_skipped_and_counted(digits):
+    config = tiny(data=dict(name="gaussian_mixture_2d"))
+    update = jax.jit(train.make_update(config, data.Scaler(None)))
+    state, totals = train.init_state(config, (2,)), jax.device_put(train.zero_totals())
+    state, totals = update(state, totals, {"x": np.ones((16, 2), np.float32)})
+    bad = np.ones((16, 2), np.float32)
+    bad[3, 1] = np.nan
+    after, totals = update(state, totals, {"x": bad})
+    assert leaves_equal(after.params, state.params) and leaves_equal(after.ema, state.ema)
+    assert leaves_equal(after.opt_state, state.opt_state)
+    assert int(after.bad_steps) == 1 and int(totals.skipped) == 1 and int(after.step) == 2
+    assert np.isfinite(jax.device_get(totals.loss))
+    good, _ = update(after, totals, {"x": np.ones((16, 2), np.float32)})
+    assert int(good.bad_steps) == 0
+
+
+def test_non_finite_losses_in_a_row_stop_the_run(tmp_path, digits):
+    config = tiny(optim=dict(lr=1e38, warmup_steps=0, grad_clip=0.0), train=dict(max_bad_steps=3, num_steps=100))
+    with pytest.raises(FloatingPointError, match="not finite in .* updates in a row.*optim.lr"):
+        train.train(config, tmp_path, digits)
+
+
+def test_one_and_eight_devices_agree(digits):
+    config = tiny()
+    one, totals_one = run_updates(config, digits, jax.devices()[:1], 5)
+    eight, totals_eight = run_updates(config, digits, jax.devices(), 5)
+    np.testing.assert_allclose(totals_eight.loss, totals_one.loss, rtol=1e-5)
+    for a, b in zip(jax.tree.leaves(one.params), jax.tree.leaves(eight.params), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_stopping_and_starting_again_continues_bit_for_bit(tmp_path, digits):
+    through = train.train(tiny(), tmp_path / "through", digits)
+    train.train(tiny(train=dict(num_steps=4)), tmp_path / "halves", digits)
+    halves = train.train(tiny(), tmp_path / "halves", digits)
+    assert leaves_equal(through, halves)
+    steps = [json.loads(line)["step"] for line in (tmp_path / "halves" / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [2, 4, 6, 8]
+    with Checkpoints(tmp_path / "halves", read_only=True) as checkpoints:
+        assert checkpoints.latest_step() == 8
+
+
+def test_evaluation_covers_exactly_the_examples(tmp_path, digits):
+    """The same figure whatever the batch size: padding does not count, no example is dropped."""
+    config = tiny(eval=dict(trace="exact", rtol=1e-4, atol=1e-4))
+    # Vectors are not dequantized, so that nothing random is left.
+    points = np.asarray(jax.random.normal(jax.random.key(0), (13, 2)))
+    mesh, params = sharding.make_mesh(jax.devices()[:1]), train.init_state(config, (2,)).params
+    figures = []
+    for batch_size in (4, 13, 64):
+        config.eval.batch_size = batch_size
+        figures.append(evaluate.bits_per_dim(config, params, mesh, data.Scaler(None), points))
+    assert [f["num"] for f in figures] == [13] * 3
+    for figure in figures:
+        # At eps_hat = 0 the flow only scales: x_T = x alpha_T / alpha_t, so the density is Gaussian, in closed form.
+        sde = configs.build_sde(config)
+        scale = float(sde.alpha(sde.t_max) / sde.alpha(sde.t_min))
+        log_prob = -0.5 * (scale * points) ** 2 - 0.5 * np.log(2 * np.pi) + np.log(scale)
+        assert figure["bits_per_dim"] == pytest.approx(-log_prob.mean() / np.log(2), rel=2e-3)
+
+
+def test_labels_reach_the_network(digits):
+    config = tiny(model=dict(num_classes=10))
+    state, _ = run_updates(config, digits, jax.devices()[:1], 3)
+    x, t = jnp.ones((10, 8, 8, 1)), jnp.full(10, 0.5)
+    scores = configs.build_score(config, state.params, jnp.arange(10))(x, t)
+    assert float(jnp.std(scores, axis=0).max()) > 0
+    draws = evaluate.make_sampler(config, sharding.make_mesh(jax.devices()[:1]), (8, 8, 1))(state.ema, 10, 0)
+    assert draws.shape == (10, 8, 8, 1)
+
+
+def test_batches_that_do_not_divide_over_devices_are_refused(digits):
+    with pytest.raises(ValueError, match="train.batch_size=12 does not divide over 8 devices"):
+        train.prepare(tiny(train=dict(batch_size=12)), digits)
+
+
+def test_images_that_do_not_fit_the_network_are_refused(digits):
+    config = experiment(model=dict(name="unet", channels=8, multipliers=(1, 1, 1, 1, 1)))
+    with pytest.raises(ValueError, match="8.*16"):
+        train.prepare(config, digits)
