@@ -92,7 +92,7 @@ def test_zero_terminal_snr():
     oracle = mixture()
     x, t = jax.random.normal(jax.random.key(0), (5, 2)), jnp.ones(5)
     x0, eps = oracle.score_fn(ZERO_SNR).predict(x, t)
-    np.testing.assert_allclose(x0, np.broadcast_to(oracle.mean(), (5, 2)), rtol=1e-6)
+    np.testing.assert_allclose(x0, np.broadcast_to(oracle.mean(), (5, 2)), rtol=1e-5)
     np.testing.assert_allclose(eps, x, rtol=1e-6)
 
 
@@ -110,7 +110,7 @@ def test_samples_have_the_moments():
 
 
 def test_moments_against_numpy(x64):
-    """Of 20 components in 5 dimensions, by quadrature over nothing: E[x] and E[x x^T] component by component."""
+    """Of 20 components in 5 dimensions: E[x] and E[x x^T], component by component."""
     rng = np.random.default_rng(0)
     weights, means = rng.uniform(1, 2, 20), rng.normal(size=(20, 5))
     roots = rng.normal(size=(20, 5, 5))
