@@ -7,7 +7,7 @@ import pytest
 from oracle import SDES, ZERO_SNR, gaussian_kl, mixture
 
 import sde_diffusion as sd
-from sde_diffusion.losses import LOG_SNR_WEIGHTS, TIME_WEIGHTS, loss_weight
+from sde_diffusion.losses import LOG_SNR_WEIGHTS, TIME_WEIGHTS, _loss, loss_weight
 
 NAMES = sorted(SDES)
 LOSSES = {
@@ -38,31 +38,34 @@ def perturbed(exact, sde, amount):
     return score_fn
 
 
+def all_losses(score_fn, sde, key, x0, times):
+    """Each loss by name; inside one jit they share draws and evaluations."""
+    return {name: loss(score_fn, sde, key, x0, times=times) for name, loss in LOSSES.items()}
+
+
 @pytest.mark.parametrize("times", ["uniform", "log_snr"])
-@pytest.mark.parametrize("loss", sorted(LOSSES))
 @pytest.mark.parametrize("name", NAMES)
-def test_the_exact_score_is_the_minimum(name, loss, times):
+def test_the_exact_score_is_the_minimum_of_every_loss(name, times):
     """Every loss is a quadratic in the amount of an error: slope 0 at the exact score, and positive curvature.
 
     The slope is a mean over examples with its own standard error; its minimum must lie within 4 of them of zero, and
-    they must be small (1/20 of the size of the score), or the test would say nothing.
+    they must be small (1/20 of the size of the error), or the test would say nothing.
     """
     sde, oracle, n = SDES[name], mixture(), 20_000
     key_x, key = jax.random.split(jax.random.key(0))
     x0 = oracle.sample(key_x, n)
 
     @jax.jit
-    def values(amounts):
-        def of(amount):
-            return LOSSES[loss](perturbed(oracle.score_fn(sde), sde, amount), sde, key, x0, times=times)
+    def values(amount):
+        return all_losses(perturbed(oracle.score_fn(sde), sde, amount), sde, key, x0, times)
 
-        return jnp.stack([of(a) for a in amounts])
-
-    minus, zero, plus = np.asarray(values(jnp.asarray([-1.0, 0.0, 1.0])), np.float64)
-    slope, curvature = (plus - minus) / 2, (plus + minus - 2 * zero).mean()
-    assert curvature > 0
-    assert abs(slope.mean()) < 4 * standard_error(slope)
-    assert standard_error(slope) / curvature < 0.05
+    at = {amount: values(jnp.asarray(amount)) for amount in (-1.0, 0.0, 1.0)}
+    for loss in LOSSES:
+        minus, zero, plus = (np.asarray(at[a][loss], np.float64) for a in (-1.0, 0.0, 1.0))
+        slope, curvature = (plus - minus) / 2, (plus + minus - 2 * zero).mean()
+        assert curvature > 0, loss
+        assert abs(slope.mean()) < 4 * standard_error(slope), loss
+        assert standard_error(slope) / curvature < 0.05, loss
 
 
 @pytest.mark.parametrize("times", ["uniform", "log_snr"])
@@ -73,16 +76,15 @@ def test_elbo_weight_is_the_diffusion_term(name, times, x64):
     Closed forms on Gaussian data, without a word of log-SNR or of time derivatives.
     """
     sde, n = SDES[name], 40_000
-    x0 = np.asarray(gaussian().sample(jax.random.key(0), n))
+    x0 = gaussian().sample(jax.random.key(0), n)
 
     def kl_at(t):
         alpha, variance = float(sde.alpha(jnp.asarray(t))), float(sde.sigma(jnp.asarray(t))) ** 2
-        return gaussian_kl(alpha * x0, variance, alpha * MEAN, alpha**2 * VARIANCE + variance)
+        return gaussian_kl(alpha * np.asarray(x0), variance, alpha * MEAN, alpha**2 * VARIANCE + variance)
 
     expected = kl_at(sde.t_train) - kl_at(sde.t_max)
-    got = np.asarray(
-        sd.weighted_loss(gaussian().score_fn(sde), sde, jax.random.key(1), jnp.asarray(x0), times=times)
-    )
+    exact = gaussian().score_fn(sde)
+    got = np.asarray(jax.jit(lambda key: sd.weighted_loss(exact, sde, key, x0, times=times))(jax.random.key(1)))
     # Per-example differences: the variance of x0 itself drops out.
     error = standard_error(got - expected)
     assert abs((got - expected).mean()) < 4 * error
@@ -96,7 +98,8 @@ def test_negative_log_likelihood_is_prior_plus_diffusion_plus_reconstruction(nam
     sde, n = SDES[name], 40_000
     x0 = gaussian().sample(jax.random.key(2), n)
     t_min, t_max = jnp.asarray(sde.t_train), jnp.asarray(sde.t_max)
-    loss = np.asarray(sd.weighted_loss(gaussian().score_fn(sde), sde, jax.random.key(3), x0, times="log_snr"))
+    exact = gaussian().score_fn(sde)
+    loss = np.asarray(jax.jit(lambda key: sd.weighted_loss(exact, sde, key, x0, times="log_snr"))(jax.random.key(3)))
     alpha, sigma = float(sde.alpha(t_max)), float(sde.sigma(t_max))
     prior = gaussian_kl(alpha * np.asarray(x0), sigma**2, 0.0, float(sde.prior_std()) ** 2)
     noise_entropy = 1.5 * np.log(2 * np.pi * np.e * float(sde.sigma(t_min)) ** 2)
@@ -106,7 +109,8 @@ def test_negative_log_likelihood_is_prior_plus_diffusion_plus_reconstruction(nam
     # The prior stands for the marginal at t_max: what it costs is the KL between the two.
     mismatch = gaussian_kl(alpha * MEAN, alpha**2 * VARIANCE + sigma**2, 0.0, float(sde.prior_std()) ** 2)
     assert abs(total.mean() - entropy - mismatch) < 4 * standard_error(total)
-    assert standard_error(total) < 0.1
+    # Out of tens of nats.
+    assert standard_error(total) < 0.3
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -117,35 +121,38 @@ def test_the_elbo_of_an_error_is_its_integral(name, x64):
     exact = gaussian().score_fn(sde)
     constant = lambda x, t: exact(x, t) + 1 / sde.sigma(t)[:, None]  # noqa: E731
     ends = sde.log_snr(jnp.asarray([sde.t_train, sde.t_max]))
-    values = [
-        np.asarray(sd.weighted_loss(f, sde, jax.random.key(5), x0, times="log_snr")) for f in (exact, constant)
-    ]
-    difference = values[1] - values[0]
+    values = jax.jit(
+        lambda key: [sd.weighted_loss(f, sde, key, x0, times="log_snr") for f in (exact, constant)]
+    )(jax.random.key(5))
+    difference = np.asarray(values[1] - values[0])
     assert abs(difference.mean() - 1.5 * float(ends[0] - ends[1])) < 4 * standard_error(difference)
 
 
-@pytest.mark.parametrize("loss", sorted(LOSSES))
-@pytest.mark.parametrize("name", NAMES)
-def test_both_ways_to_draw_times_estimate_the_same_number(name, loss):
-    sde, n = SDES[name], 20_000
+@pytest.mark.parametrize("name", [*NAMES, "zero_snr"])
+def test_both_ways_to_draw_times_estimate_the_same_numbers(name):
+    """In float32, where every value must be finite at both ends too, zero terminal SNR included."""
+    sde, n = {**SDES, "zero_snr": ZERO_SNR}[name], 20_000
     x0 = gaussian().sample(jax.random.key(6), n)
     # Half the exact score: an error at all noise levels.
     score_fn = lambda x, t: 0.5 * gaussian().score_fn(sde)(x, t)  # noqa: E731
     uniform, log_snr = (
-        np.asarray(LOSSES[loss](score_fn, sde, jax.random.key(i), x0, times=times))
+        jax.jit(lambda key, times=times: all_losses(score_fn, sde, key, x0, times))(jax.random.key(i))
         for i, times in enumerate(("uniform", "log_snr"))
     )
-    assert abs(uniform.mean() - log_snr.mean()) < 4 * np.hypot(standard_error(uniform), standard_error(log_snr))
-    if loss == "weighted_elbo" and name != "ve":
+    for loss in LOSSES:
+        a, b = (np.asarray(values[loss], np.float64) for values in (uniform, log_snr))
+        assert np.isfinite([a, b]).all() and min(a.min(), b.min()) >= 0, loss
+        assert abs(a.mean() - b.mean()) < 4 * np.hypot(standard_error(a), standard_error(b)), loss
+    if name != "ve":
         # VE's log-SNR is linear in t: there the two ways are one.
-        assert log_snr.std() < 0.5 * uniform.std()
+        assert log_snr["weighted_elbo"].std() < 0.5 * uniform["weighted_elbo"].std()
 
 
 def test_the_four_names_of_two_losses():
     """L_simple is sigma^2-weighted score matching, and the g^2 weight is the ELBO (arXiv:2101.09258)."""
     sde = SDES["vp"]
     x0, exact = gaussian().sample(jax.random.key(7), 500), gaussian().score_fn(SDES["vp"])
-    value = {name: np.asarray(loss(exact, sde, jax.random.key(8), x0)) for name, loss in LOSSES.items()}
+    value = jax.jit(lambda key: all_losses(exact, sde, key, x0, "uniform"))(jax.random.key(8))
     span = sde.t_max - sde.t_train
     np.testing.assert_allclose(value["weighted_simple"], value["weighted_sigma2"], rtol=1e-6)
     np.testing.assert_allclose(value["weighted_simple"], 0.5 * span * value["dsm_sigma2"], rtol=1e-5)
@@ -197,7 +204,7 @@ def test_times_are_low_discrepancy(n):
     sde = SDES["vp"]
     t, weight = sd.sample_times(jax.random.key(n), n, sde)
     assert t.shape == weight.shape == (n,)
-    cells = np.floor((np.sort(t) - sde.t_train) / (sde.t_max - sde.t_train) * n + 1e-4 * n * np.arange(n) * 0)
+    cells = np.floor((np.sort(t) - sde.t_train) / (sde.t_max - sde.t_train) * n)
     # A time on the border of two cells may round into either.
     assert np.abs(cells - np.arange(n)).max() <= 1 and len(np.unique(np.asarray(t))) == n
     gaps = np.diff(np.sort(t))
@@ -231,7 +238,7 @@ def test_event_axes_are_summed():
     """A score of zero leaves the squared norm of the noise: D on average, not 1."""
     for event in [(1,), (7,), (8, 8, 3)]:
         x0 = jnp.zeros((400, *event))
-        loss = sd.dsm_loss(lambda x, t: jnp.zeros_like(x), SDES["vp"], jax.random.key(0), x0)
+        loss = jax.jit(lambda x0: sd.dsm_loss(lambda x, t: jnp.zeros_like(x), SDES["vp"], jax.random.key(0), x0))(x0)
         dims = int(np.prod(event))
         assert loss.shape == (400,)
         # |eps|^2 has mean D and variance 2 D.
@@ -256,28 +263,16 @@ def test_narrow_data_keeps_float32_schedules(dtype):
     assert float(loss.mean()) < 1e-4
 
 
-def test_finite_in_float32_at_the_ends():
-    """No weight overflows where losses draw times, and zero terminal SNR is fit for training."""
-    x0 = gaussian().sample(jax.random.key(0), 4096)
-    for sde in (*SDES.values(), ZERO_SNR):
-        for loss in LOSSES.values():
-            for times in ("uniform", "log_snr"):
-                values = loss(gaussian().score_fn(sde), sde, jax.random.key(1), x0, times=times)
-                assert np.isfinite(np.asarray(values)).all() and (np.asarray(values) >= 0).all()
-
-
-def test_jit_and_pmap_give_the_numbers_of_eager():
-    sde = SDES["vp"]
-    oracle = mixture()
+def test_jit_and_pmap_give_the_same_numbers():
+    sde, oracle = SDES["vp"], mixture()
     keys = jax.random.split(jax.random.key(0), 8)
     x0 = oracle.sample(jax.random.key(1), 32).reshape(8, 4, 2)
 
     def loss(key, x0):
         return sd.weighted_loss(oracle.score_fn(sde), sde, key, x0)
 
-    eager = np.stack([loss(k, x) for k, x in zip(keys, x0)])
-    np.testing.assert_allclose(jax.vmap(jax.jit(loss))(keys, x0), eager, rtol=2e-3)
-    np.testing.assert_allclose(jax.pmap(loss)(keys, x0), eager, rtol=2e-3)
+    one_by_one = np.stack([jax.jit(loss)(k, x) for k, x in zip(keys, x0)])
+    np.testing.assert_allclose(jax.pmap(loss)(keys, x0), one_by_one, rtol=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -290,7 +285,8 @@ def test_jit_and_pmap_give_the_numbers_of_eager():
             ["'snr'", "edm, elbo, likelihood, sigma2, sigmoid, simple"],
         ),
         (lambda f, s, k, x: sd.weighted_loss(f, s, k, x, times="cosine"), ["'cosine'", "'uniform'", "'log_snr'"]),
-        (lambda f, s, k, x: sd.dsm_loss(f, s, k, x.astype(jnp.uint8)), ["uint8", "float"]),
+        # The function that both share, because jaxtyping would stop it at the public ones under pytest.
+        (lambda f, s, k, x: _loss(f, s, k, x.astype(jnp.uint8), "uniform", None, False), ["uint8", "scale it to float"]),
     ],
 )
 def test_bad_input_is_refused_while_tracing(call, words):

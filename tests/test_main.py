@@ -1,0 +1,166 @@
+"""The entry point as a user meets it: a process, a workdir, and what is printed."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from sde_diffusion import config as configs
+from sde_diffusion import data, train
+from sde_diffusion.checkpoint import Checkpoints
+
+ROOT = Path(__file__).parent.parent
+TINY = [
+    f"--config={ROOT / 'configs' / 'vp_digits.py'}",
+    "--config.model.channels=8", "--config.model.multipliers=(1,1)", "--config.train.batch_size=16",
+    "--config.train.num_steps=6", "--config.train.log_every=2", "--config.train.checkpoint_every=2",
+    "--config.train.sample_every=3", "--config.sample.num=8", "--config.sample.batch_size=8",
+    "--config.sample.num_steps=2", "--config.eval.num_examples=8", "--config.eval.batch_size=8",
+    "--config.eval.rtol=0.1", "--config.eval.atol=0.1", "--config.eval.gaussian_mixture=False",
+]  # fmt: skip
+
+
+def environment():
+    env = dict(os.environ, PYTHONPATH=os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    return {**env, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+
+
+def run(*arguments, cwd=ROOT):
+    command = [sys.executable, "-m", "sde_diffusion.main", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment(), cwd=cwd, timeout=600)
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    path = tmp_path_factory.mktemp("run")
+    done = run(f"--workdir={path}", *TINY)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "held-out bits/dim" in done.stdout and "floor" in done.stdout
+    return path
+
+
+def contents(path):
+    return {p.relative_to(path): p.read_bytes() for p in sorted(path.rglob("*")) if p.is_file()}
+
+
+def test_a_run_leaves_config_checkpoints_metrics_and_pictures(workdir):
+    config = json.loads((workdir / "config.json").read_text())
+    assert config["model"]["channels"] == 8 and config["optim"]["lr"] == 1e-3
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in rows] == [2, 3, 4, 6] or [r["step"] for r in rows] == [2, 4, 6]
+    assert all(np.isfinite(r["loss"]) for r in rows)
+    assert any((workdir / "tensorboard").iterdir())
+    assert (workdir / "samples" / "train_00000003.png").read_bytes().startswith(b"\x89PNG")
+    figures = json.loads((workdir / "eval_00000006.json").read_text())
+    assert figures["num"] == 8 and np.isfinite(figures["bits_per_dim"]) and figures["stderr"] > 0
+    with Checkpoints(workdir, read_only=True) as checkpoints:
+        assert checkpoints.latest_step() == 6
+
+
+def test_sample_and_eval_find_the_config_in_the_workdir(workdir):
+    done = run(f"--workdir={workdir}", "--mode=sample", "--config.sample.num=5", "--config.sample.seed=3",
+               "--config.sample.sampler=pc", "--config.sample.method=reverse_diffusion")  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    file = workdir / "samples" / "step6_pc_reverse_diffusion_2_seed3.npz"
+    samples = np.load(file)["samples"]
+    assert samples.shape == (5, 8, 8, 1) and samples.dtype == np.uint8
+    assert file.with_suffix(".png").exists()
+    before = (workdir / "eval_00000006.json").read_text()
+    done = run(f"--workdir={workdir}", "--mode=eval")
+    assert done.returncode == 0, done.stderr[-3000:]
+    # The same checkpoint, data and seeds: the same figures to the last digit.
+    assert json.loads((workdir / "eval_00000006.json").read_text()) == json.loads(before)
+
+
+BAD = [
+    (["--config.optim.learning_rate=1"], ["learning_rate"]),
+    (["--config.model.name=unets"], ["unets", "mlp", "unet"]),
+    (["--config.sde.name=vpp"], ["vpp", "subvp"]),
+    (["--config.sample.method=heunn"], ["heunn", "ddim"]),
+    (["--config.data.name=cifar1O"], ["cifar1O"]),
+    (["--config.sample.num_steps=0"], ["num_steps=0", "at least 1"]),
+    (["--config.optim.lr=0.5"], ["another config", "optim.lr: 0.001 -> 0.5"]),
+    (["--config.optim.lr=fast"], ["fast"]),
+    (["--mode=trian"], ["trian", "train"]),
+    (["--config=nowhere.py"], ["nowhere.py"]),
+]
+
+
+@pytest.mark.parametrize("arguments, words", BAD, ids=lambda v: v[0] if isinstance(v, list) else "")
+def test_a_wrong_flag_is_one_line_and_touches_nothing(workdir, arguments, words):
+    before = contents(workdir)
+    done = run(f"--workdir={workdir}", *arguments)
+    assert done.returncode == 2
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1 and "Traceback" not in done.stderr
+    for word in words:
+        assert word in lines[0]
+    assert contents(workdir) == before
+
+
+def test_missing_workdir_and_missing_checkpoint_are_named(tmp_path):
+    done = run()
+    assert done.returncode == 2 and "--workdir is missing" in done.stderr
+    done = run(f"--workdir={tmp_path / 'new'}", "--mode=sample")
+    assert done.returncode == 2 and "no checkpoint" in done.stderr
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_bit_for_bit(workdir, tmp_path):
+    command = [sys.executable, "-m", "sde_diffusion.main", f"--workdir={tmp_path}", *TINY]
+    process = subprocess.Popen(command, env=environment(), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.time() + 300
+        while not list((tmp_path / "checkpoints").glob("step_*[0-9]")) and time.time() < deadline:
+            time.sleep(0.02)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    done = run(f"--workdir={tmp_path}", *TINY)
+    assert done.returncode == 0, done.stderr[-3000:]
+    start = int(re.search(r"steps (\d+) to 6|already trained to step (6)", done.stdout).group(1) or 6)
+    assert 2 <= start <= 6
+    config = configs.load(tmp_path / "config.json")
+    _, _, abstract = train.prepare(config, data.load("digits"))
+    states = []
+    for path in (workdir, tmp_path):
+        with Checkpoints(path, read_only=True) as checkpoints:
+            states.append(checkpoints.restore(abstract, 6))
+    for a, b in zip(jax.tree.leaves(states[0]), jax.tree.leaves(states[1]), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_importing_the_library_is_light():
+    """No flags, no devices, none of the heavy packages: it must be quick in a notebook."""
+    code = (
+        "import sys, sde_diffusion, jax; from jax._src import xla_bridge; "
+        "heavy = {'tensorflow', 'tensorflow_datasets', 'orbax', 'absl', 'flax', 'grain', 'diffrax'} & set(sys.modules); "
+        "print(sorted(heavy), xla_bridge.backends_are_initialized())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment(), timeout=120)
+    assert done.stdout.strip() == "[] False", done.stdout + done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, extra", [("vp_mnist", []), ("vp_cifar", ["--config.model.attention=()"])])
+def test_the_real_data_train(name, extra, tmp_path):
+    if not os.environ.get("TFDS_DATA_DIR"):
+        pytest.skip("TFDS_DATA_DIR is not set: no prepared MNIST and CIFAR-10")
+    done = run(
+        f"--workdir={tmp_path}", *TINY[1:], f"--config={ROOT / 'configs' / (name + '.py')}", "--config.model.num_blocks=1",
+        "--config.train.num_steps=40", "--config.train.log_every=10", "--config.optim.warmup_steps=5", "--config.optim.lr=2e-3",
+        *extra,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert losses[-1] < 0.9 * losses[0]
+    assert list((tmp_path / "samples").glob("step40_*.png"))
