@@ -126,12 +126,14 @@ def experiment(**sections) -> ConfigDict:
             continue
         for key, value in values.items():
             check(key in full[section], _unknown_key(section, key, full[section]))
-            full[section][key] = value
+            if value is not None:  # None is the default wherever it may stand, and its placeholder knows the type
+                full[section][key] = value
     return ConfigDict(full)
 
 
 def _unknown_key(section, key, known) -> str:
-    return f"unknown config key '{section}.{key}'; {section} has {', '.join(sorted(known))}"
+    hint = f" (for another {section}.name, start from a config file that has it)" if section in ("sde", "model") else ""
+    return f"unknown config key '{section}.{key}'; {section} has {', '.join(sorted(known))}{hint}"
 
 
 def load(path: Path) -> ConfigDict:

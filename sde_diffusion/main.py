@@ -11,7 +11,7 @@ _HERE = Path(__file__).resolve().parent
 _DEFAULT = next((p for p in (_HERE.parent / "configs", _HERE / "configs") if p.is_dir()), _HERE) / "vp_digits.py"
 
 _CONFIG = config_flags.DEFINE_config_file(
-    "config", str(_DEFAULT), "Config file; without it, the workdir's own config, else the embedded digits."
+    "config", None, "Config file. [default: the workdir's own config, else the embedded digits]"
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: config, checkpoints, metrics, samples.")
 _MODE = flags.DEFINE_enum("mode", "train", ["train", "eval", "sample"], "What to do; train ends with the other two.")
@@ -22,40 +22,55 @@ def _fail(error) -> None:
     raise SystemExit(2)
 
 
+def _with_config(argv: list[str]) -> list[str]:
+    """argv; where it names no --config, with the one that the workdir holds, or the default."""
+    values = {}
+    for word, following in zip(argv[1:], [*argv[2:], ""], strict=True):
+        name, equals, value = word.lstrip("-").partition("=")
+        values[name] = value if equals else following
+    saved = Path(values.get("workdir") or os.devnull).expanduser().absolute() / "config.json"
+    if "config" in values:
+        return argv
+    config = f"{_HERE / 'saved_config.py'}:{saved}" if saved.is_file() else str(_DEFAULT)
+    return [argv[0], f"--config={config}", *argv[1:]]
+
+
+def _unknown_key(message: str, argv: list[str]) -> str:
+    """What to say of an override of a key that the config does not have."""
+    from sde_diffusion.config import experiment
+
+    known = experiment()
+    for word in argv[1:]:
+        name, *path = word.lstrip("-").partition("=")[0].split(".")
+        if name == "config" and path and path[-1] in message:
+            section = known.get(path[0]) if len(path) > 1 else None
+            choices = f"{path[0]} has {', '.join(sorted(section))}" if section else f"its sections are {', '.join(known)}"
+            return f"unknown config key '{'.'.join(path)}'; {choices}"
+    return " ".join(message.split())
+
+
 def _parse(argv):
     """absl's parser; a wrong flag or config value becomes one line."""
     try:
-        rest = flags.FLAGS(argv)
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, ImportError, SyntaxError) as error:
-        _fail(" ".join(str(error).strip("'\"").split()) or repr(error))
+        rest = flags.FLAGS(_with_config(argv))
+        _ = _CONFIG.value  # the file is read now, not at its first use
+    except (AttributeError, KeyError) as error:
+        _fail(_unknown_key(str(error), argv))
+    except (flags.Error, TypeError, ValueError, OSError, ImportError, SyntaxError) as error:
+        _fail(" ".join(str(error).split()))
     if len(rest) > 1:
         _fail(f"unexpected argument {rest[1]!r}; values are set as --config.section.key=value")
     return rest
 
 
-def _load_config(workdir: Path, argv):
-    """The config of the flags. Without --config, a workdir's own config.json takes the place of the default file."""
-    from sde_diffusion import config as configs
-
-    saved = workdir / "config.json"
-    given = any(a.split("=")[0] in ("--config", "-config") for a in argv[1:])
-    if given or not saved.exists():
-        return _CONFIG.value
-    config = configs.load(saved)
-    for key, value in config_flags.get_override_values(flags.FLAGS["config"]).items():
-        section, _, name = key.rpartition(".")
-        (config[section] if section else config)[name] = value
-    return config
-
-
-def main(argv):
+def main(_):
     """Sets the run up, with one line for each thing that can be wrong, then hands over to train, evaluate or sample."""
     if not _WORKDIR.value:
         _fail("--workdir is missing; name a folder for this run, as --workdir=runs/digits")
     workdir = Path(_WORKDIR.value).expanduser().absolute()
 
     if not flags.FLAGS["verbosity"].present:
-        logging.set_verbosity(logging.WARNING)  # Orbax tells every step of every write
+        logging.set_verbosity(logging.ERROR)  # Orbax tells every step of every write
 
     import jax
 
@@ -68,7 +83,7 @@ def main(argv):
     from sde_diffusion.checkpoint import Checkpoints
 
     try:
-        config = _load_config(workdir, argv)
+        config = _CONFIG.value
         configs.validate(config)
         with Checkpoints(workdir, read_only=True) as checkpoints:
             step = checkpoints.latest_step()
@@ -84,7 +99,7 @@ def main(argv):
                 )
         dataset = data.load(**configs.data_options(config))
         mesh, scaler, abstract = train.prepare(config, dataset)
-    except (ValueError, TypeError, OSError, ImportError) as error:
+    except (AttributeError, KeyError, ValueError, TypeError, OSError, ImportError) as error:
         _fail(" ".join(str(error).split()))
 
     if _MODE.value == "train":

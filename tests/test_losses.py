@@ -43,9 +43,8 @@ def all_losses(score_fn, sde, key, x0, times):
     return {name: loss(score_fn, sde, key, x0, times=times) for name, loss in LOSSES.items()}
 
 
-@pytest.mark.parametrize("times", ["uniform", "log_snr"])
 @pytest.mark.parametrize("name", NAMES)
-def test_the_exact_score_is_the_minimum_of_every_loss(name, times):
+def test_the_exact_score_is_the_minimum_of_every_loss(name):
     """Every loss is a quadratic in the amount of an error: slope 0 at the exact score, and positive curvature.
 
     The slope is a mean over examples with its own standard error; its minimum must lie within 4 of them of zero, and
@@ -57,7 +56,7 @@ def test_the_exact_score_is_the_minimum_of_every_loss(name, times):
 
     @jax.jit
     def values(amount):
-        return all_losses(perturbed(oracle.score_fn(sde), sde, amount), sde, key, x0, times)
+        return all_losses(perturbed(oracle.score_fn(sde), sde, amount), sde, key, x0, "uniform")
 
     at = {amount: values(jnp.asarray(amount)) for amount in (-1.0, 0.0, 1.0)}
     for loss in LOSSES:
@@ -236,7 +235,7 @@ def test_each_time_is_uniform_on_its_own():
 
 def test_event_axes_are_summed():
     """A score of zero leaves the squared norm of the noise: D on average, not 1."""
-    for event in [(1,), (7,), (8, 8, 3)]:
+    for event in [(1,), (8, 8, 3)]:
         x0 = jnp.zeros((400, *event))
         loss = jax.jit(lambda x0: sd.dsm_loss(lambda x, t: jnp.zeros_like(x), SDES["vp"], jax.random.key(0), x0))(x0)
         dims = int(np.prod(event))

@@ -1,0 +1,212 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from oracle import SDES, ZERO_SNR, mixture
+
+import sde_diffusion as sd
+
+NAMES = sorted(SDES)
+MEAN = np.array([0.5, -0.3, 0.1])
+COVARIANCE = np.array([[0.5, 0.2, 0.0], [0.2, 0.3, -0.1], [0.0, -0.1, 0.4]])
+
+
+def gaussian():
+    return sd.GaussianMixture.gaussian(MEAN, COVARIANCE)
+
+
+def transported_prior(sde, x):
+    """log p of x at t_min where the exact flow of the Gaussian carries the prior there, in float64.
+
+    The flow is the linear map that turns the marginal at t_min into that at t_max without rotation; the prior's density
+    at its end, and its determinant, give the answer: the mismatch of prior and marginal is part of it.
+    """
+    values, q = np.linalg.eigh(COVARIANCE)
+    at = {}
+    for t in (sde.t_min, sde.t_max):
+        alpha, sigma = float(sde.alpha(jnp.asarray(t))), float(sde.sigma(jnp.asarray(t)))
+        at[t] = alpha, np.sqrt(alpha**2 * values + sigma**2)
+    (alpha, std), (alpha_max, std_max) = at[sde.t_min], at[sde.t_max]
+    y = (np.asarray(x) - alpha * MEAN) @ q * (std_max / std) + alpha_max * MEAN @ q
+    prior_std = float(sde.prior_std())
+    log_prior = -0.5 * (y / prior_std) ** 2 - np.log(prior_std) - 0.5 * np.log(2 * np.pi)
+    return (log_prior + np.log(std_max / std)).sum(axis=1)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gaussian_closed_form(name, x64):
+    sde = SDES[name]
+    x = gaussian().sample(jax.random.key(0), 8)
+    got = sd.log_likelihood(gaussian().score_fn(sde), sde, None, x, trace="exact", rtol=1e-7, atol=1e-7)
+    np.testing.assert_allclose(got, transported_prior(sde, x), atol=2e-5)
+
+
+# Ranges in which prior and marginal at t_max agree to the tolerance.
+WIDE = {
+    "vp": sd.VP(beta_max=40.0),
+    "subvp": sd.SubVP(beta_max=40.0),
+    "ve": sd.VE(sigma_max=2000.0),
+    "cosine": ZERO_SNR,
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_mixture_in_the_plane(name):
+    """In float32 at the default tolerances."""
+    sde, oracle = WIDE[name], mixture()
+    x = oracle.sample(jax.random.key(1), 8)
+    got = sd.log_likelihood(oracle.score_fn(sde), sde, None, x, trace="exact")
+    assert got.dtype == jnp.float32
+    np.testing.assert_allclose(got, oracle.log_prob(x, sde, sde.t_min), atol=5e-3)
+
+
+def mixture_16():
+    rng = np.random.default_rng(0)
+    roots = rng.normal(size=(3, 16, 16)) / 5
+    return sd.GaussianMixture(np.array([1.0, 2.0, 3.0]), rng.normal(size=(3, 16)) / 2, roots @ roots.transpose(0, 2, 1))
+
+
+def test_mixture_in_16_dimensions():
+    """Float32, default tolerances, and images: the density does not care about the shape of the event."""
+    sde, oracle = WIDE["vp"], mixture_16()
+    x = sde.perturb(oracle.sample(jax.random.key(3), 6), jax.random.normal(jax.random.key(4), (6, 16)), jnp.full(6, sde.t_min))
+    expected = oracle.log_prob(x, sde, sde.t_min)
+    exact = oracle.score_fn(sde)
+
+    def on_images(x, t):
+        return exact(x.reshape(len(x), 16), t).reshape(x.shape)
+
+    got = sd.log_likelihood(on_images, sde, None, x.reshape(6, 2, 4, 2), trace="exact")
+    np.testing.assert_allclose(got, expected, atol=0.02)
+
+
+@pytest.mark.parametrize("probe", ["rademacher", "gaussian"])
+def test_hutchinson_is_unbiased(probe):
+    """The mean over probes of one example, within 4 of its standard errors of the exact density."""
+    sde, oracle, n = WIDE["vp"], mixture_16(), 400
+    point = oracle.sample(jax.random.key(5), 1)
+    exact = float(sd.log_likelihood(oracle.score_fn(sde), sde, None, point, trace="exact")[0])
+    values = np.asarray(
+        sd.log_likelihood(oracle.score_fn(sde), sde, jax.random.key(6), jnp.tile(point, (n, 1)), probe=probe)
+    )
+    error = values.std() / np.sqrt(n)
+    assert abs(values.mean() - exact) < 4 * error
+    assert 0.01 < error < 5
+
+
+def test_more_probes_have_less_variance():
+    sde, oracle, n = WIDE["vp"], mixture_16(), 400
+    x = jnp.tile(oracle.sample(jax.random.key(5), 1), (n, 1))
+    one, eight = (
+        np.asarray(sd.log_likelihood(oracle.score_fn(sde), sde, jax.random.key(7), x, num_probes=k)) for k in (1, 8)
+    )
+    # A ratio of variances of n normals each has relative standard error 2 / sqrt(n).
+    assert abs(one.var() / eight.var() / 8 - 1) < 4 * 2 / np.sqrt(n)
+
+
+def test_an_example_does_not_depend_on_its_neighbours():
+    """Alone, and beside one a thousand times more distant, which needs other steps."""
+    sde, oracle = SDES["vp"], mixture()
+    x = oracle.sample(jax.random.key(8), 8)
+    options = {"trace": "exact"}
+    batch = sd.log_likelihood(oracle.score_fn(sde), sde, None, x, **options)
+    alone = sd.log_likelihood(oracle.score_fn(sde), sde, None, x[:1], **options)
+    np.testing.assert_allclose(alone[0], batch[0], atol=2e-4)
+    other = sd.log_likelihood(oracle.score_fn(sde), sde, None, x.at[1:].mul(1000.0), **options)
+    np.testing.assert_allclose(other[0], batch[0], atol=1e-6)
+
+
+def test_its_probes_are_its_own():
+    """Hutchinson's value of the first example is the same whatever stands behind it."""
+    sde, oracle, key = SDES["vp"], mixture(), jax.random.key(9)
+    x = oracle.sample(jax.random.key(8), 4)
+    batch = sd.log_likelihood(oracle.score_fn(sde), sde, key, x)
+    other = sd.log_likelihood(oracle.score_fn(sde), sde, key, x.at[1:].add(0.5))
+    np.testing.assert_allclose(other[0], batch[0], atol=1e-6)
+    np.testing.assert_array_equal(batch, sd.log_likelihood(oracle.score_fn(sde), sde, key, x))
+
+
+def test_one_dimension_integrates_to_one(x64):
+    """exp(log p) of a 1-D mixture under an inexact score: the flow of any score transports a density."""
+    sde = WIDE["vp"]
+    exact = sd.GaussianMixture(np.ones(2), np.array([[1.0], [-1.0]]), np.full((2, 1, 1), 0.2)).score_fn(sde)
+
+    def score_fn(x, t):
+        return exact(x, t) + 0.3 * sde.alpha(t)[:, None] * jnp.cos(2 * x)
+
+    x = jnp.linspace(-6, 6, 241)
+    log_p = sd.log_likelihood(score_fn, sde, None, x[:, None], trace="exact", t_end=0.01)
+    np.testing.assert_allclose(np.exp(log_p).sum() * (x[1] - x[0]), 1, atol=2e-3)
+
+
+def test_t_end_is_where_the_data_lives():
+    oracle, sde = mixture(), WIDE["vp"]
+    x = oracle.sample(jax.random.key(10), 8)
+    for t_end in (0.01, 0.2):
+        got = sd.log_likelihood(oracle.score_fn(sde), sde, None, x, trace="exact", t_end=t_end)
+        np.testing.assert_allclose(got, oracle.log_prob(x, sde, t_end), atol=5e-3)
+
+
+def test_its_gradient_is_the_score():
+    """d log p / dx through the solver, against the marginal's own score."""
+    oracle, sde = mixture(), WIDE["vp"]
+    x = oracle.sample(jax.random.key(11), 4)
+    gradient = jax.grad(
+        lambda x: sd.log_likelihood(oracle.score_fn(sde), sde, None, x, trace="exact", t_end=0.05).sum()
+    )(x)
+    expected = oracle.score_fn(sde)(x, jnp.full(4, 0.05))
+    np.testing.assert_allclose(gradient, expected, atol=0.02)
+
+
+def test_pmap_gives_the_numbers_of_jit():
+    oracle, sde = mixture(), SDES["vp"]
+    x = oracle.sample(jax.random.key(12), 16).reshape(8, 2, 2)
+
+    def log_p(x):
+        return sd.log_likelihood(oracle.score_fn(sde), sde, None, x, trace="exact")
+
+    np.testing.assert_allclose(jax.pmap(log_p)(x).reshape(-1), log_p(x.reshape(16, 2)), atol=2e-4)
+
+
+def test_evaluations_are_few_and_a_bfloat16_network_does_not_stall():
+    """Smooth in log-SNR: tens of steps, not thousands; counted at the score function."""
+    oracle, sde, calls = mixture(), SDES["vp"], []
+    exact = oracle.score_fn(sde)
+
+    def score_fn(x, t):
+        jax.debug.callback(lambda: calls.append(1))
+        return exact(x, t)
+
+    jax.block_until_ready(sd.log_likelihood(score_fn, sde, jax.random.key(0), oracle.sample(jax.random.key(1), 1)))
+    jax.effects_barrier()
+    assert 20 < len(calls) < 600
+
+
+def test_an_example_that_runs_out_of_steps_is_nan():
+    oracle, sde = mixture(), SDES["vp"]
+    x = oracle.sample(jax.random.key(0), 3)
+    assert np.isnan(sd.log_likelihood(oracle.score_fn(sde), sde, None, x, trace="exact", max_steps=2)).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"trace": "full"}, ["'full'", "'hutchinson'", "'exact'"]),
+        ({"probe": "cauchy"}, ["'cauchy'", "gaussian, rademacher"]),
+        ({"num_probes": 0}, ["num_probes=0", "at least 1"]),
+        ({"t_end": 2.0}, ["t_end=2.0", "t_train=1e-05", "t_max=1.0", "None"]),
+        ({"t_end": 0.0}, ["t_end=0.0", "VP"]),
+        ({"key": None}, ["key", "trace='exact'"]),
+    ],
+)
+def test_bad_input_is_refused_while_tracing(options, words):
+    options = {"key": jax.random.key(0), **options}
+    key = options.pop("key")
+    with pytest.raises(ValueError) as error:
+        jax.eval_shape(lambda: sd.log_likelihood(lambda x, t: -x, SDES["vp"], key, jnp.zeros((2, 3)), **options))
+    assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)
+
+
+def test_a_score_of_the_wrong_shape_is_refused():
+    with pytest.raises(ValueError, match=r"returned shape \(1, 1\) for x of shape \(1, 3\)"):
+        jax.eval_shape(lambda: sd.log_likelihood(lambda x, t: x[:, :1], SDES["vp"], jax.random.key(0), jnp.zeros((2, 3))))
