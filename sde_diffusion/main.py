@@ -42,8 +42,8 @@ def _unknown_key(message: str, argv: list[str]) -> str:
     known = experiment()
     for word in argv[1:]:
         name, *path = word.lstrip("-").partition("=")[0].split(".")
-        if name == "config" and path and path[-1] in message:
-            section = known.get(path[0]) if len(path) > 1 else None
+        if name == "config" and any(part in message for part in path):
+            section = known.get(path[0])
             choices = f"{path[0]} has {', '.join(sorted(section))}" if section else f"its sections are {', '.join(known)}"
             return f"unknown config key '{'.'.join(path)}'; {choices}"
     return " ".join(message.split())

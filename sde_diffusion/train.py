@@ -181,7 +181,12 @@ def train(config: ConfigDict, workdir: Path, dataset: data.Dataset) -> TrainStat
         start = checkpoints.latest_step()
         if start is None:
             start = 0
-            state = jax.jit(lambda: init_state(config, dataset.event_shape), out_shardings=sharding.replicated(mesh))()
+            state = jax.jit(
+                lambda: init_state(config, dataset.event_shape),
+                out_shardings=sharding.replicated(mesh),
+                # It runs once: compiling it with optimization takes longer than many a short run.
+                compiler_options={"xla_backend_optimization_level": 0},
+            )()
         else:
             state = checkpoints.restore(abstract, start)
         print(

@@ -1,0 +1,470 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.integrate
+from oracle import SDES, ZERO_SNR, drift_and_squared_diffusion, mixture, moment_z_scores, order
+
+import sde_diffusion as sd
+
+NAMES = sorted(SDES)
+ODE = ("ddim", "euler", "heun")
+REVERSE = ("ancestral", "ancestral_large", "euler_maruyama", "reverse_diffusion")
+MEAN, STD = 0.8, 0.6
+
+
+def one_gaussian():
+    """N(0.8, 0.36) in one dimension."""
+    return sd.GaussianMixture.gaussian(np.array([MEAN]), np.array([[STD**2]]))
+
+
+def sampler(method):
+    """The public function that owns the method, as (score_fn, sde, key, shape, **options)."""
+    if method in ODE:
+        return lambda *a, **k: sd.sample_ode(*a, method=method, **k)
+    if method in REVERSE:
+        return lambda *a, **k: sd.sample_sde(*a, method=method, **k)
+    return lambda *a, **k: sd.sample_pc(*a, corrector=method, **k)
+
+
+def counted(score_fn):
+    """The score function, and the list that grows by one at each of its evaluations."""
+    calls = []
+
+    def wrapped(x, t):
+        jax.debug.callback(lambda: calls.append(1))
+        return score_fn(x, t)
+
+    return wrapped, calls
+
+
+# Distributions.
+
+
+@pytest.mark.parametrize("method", (*ODE, *REVERSE))
+@pytest.mark.parametrize("name", [*NAMES, "zero_snr"])
+def test_the_mixture_is_recovered(name, method):
+    """Mean and covariance within 4 standard errors of 4096 samples: 2% of a variance, twice the bias of the steps."""
+    if name == "zero_snr" and method in ("euler", "euler_maruyama"):
+        pytest.skip("refused, see below")
+    sde, oracle = {**SDES, "zero_snr": ZERO_SNR}[name], mixture()
+    # Euler's method in t is slow on geometric noise: sigma grows by 17 / num_steps a step.
+    num_steps = 2000 if (name, method) == ("ve", "euler") else 500
+    x = sampler(method)(
+        oracle.score_fn(sde), sde, jax.random.key(1), (4096, 2), num_steps=num_steps, grid="uniform"
+    )
+    assert np.abs(moment_z_scores(x, oracle.mean(), oracle.covariance())).max() < 4
+    # The shape of the distribution too: the fraction that belongs to the first component.
+    share = np.asarray(oracle.score_fn(sde).mixture._log_joint(x, jnp.ones(4096), jnp.zeros(4096))[0])
+    first = (share[:, 0] > share[:, 1]).mean()
+    data = oracle.sample(jax.random.key(2), 100_000)
+    share = np.asarray(oracle._log_joint(data, jnp.ones(100_000), jnp.zeros(100_000))[0])
+    expected = (share[:, 0] > share[:, 1]).mean()
+    assert abs(first - expected) < 4 * np.sqrt(expected * (1 - expected) / 4096)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("corrector", ["langevin", "langevin_norm"])
+def test_predictor_corrector_recovers_the_mixture(name, corrector):
+    """The published rule needs |score| near sqrt(D) / sigma: 16 independent copies of a coordinate stand for images."""
+    sde, dims = SDES[name], 16
+    oracle = sd.GaussianMixture(
+        np.array([0.4, 0.6]), np.array([[1.0], [-0.5]]), np.array([[[0.2]], [[0.3]]])
+    )
+    exact = oracle.score_fn(sde)
+
+    def score_fn(x, t):
+        return exact(x.reshape(-1, 1), jnp.repeat(t, dims)).reshape(x.shape)
+
+    x = sd.sample_pc(score_fn, sde, jax.random.key(3), (512, dims), corrector=corrector, num_steps=400)
+    z = moment_z_scores(np.asarray(x).reshape(-1, 1), oracle.mean(), oracle.covariance())
+    assert np.abs(z).max() < 4
+
+
+@pytest.mark.parametrize("predictor", ["ddim", "ancestral", "euler_maruyama"])
+def test_any_predictor_and_annealed_langevin(predictor):
+    sde, oracle = SDES["vp"], mixture()
+    x = sd.sample_pc(
+        oracle.score_fn(sde), sde, jax.random.key(4), (4096, 2),
+        predictor=predictor, corrector="annealed_langevin", corrector_steps=2, num_steps=300,
+    )  # fmt: skip
+    assert np.abs(moment_z_scores(x, oracle.mean(), oracle.covariance())).max() < 4
+
+
+def test_the_corrector_alone_finds_the_marginal():
+    """Langevin at one noise level, started wrong, forgets it: stationary variance sigma^2 / (1 - snr^2) by its own map."""
+    sde = sd.VE(sigma_min=0.99, sigma_max=1.0)
+    flat = sd.GaussianMixture.gaussian(np.zeros(1), np.zeros((1, 1)))
+    x = sd.sample_pc(
+        flat.score_fn(sde), sde, jax.random.key(5), (20_000, 1), predictor="ddim", corrector_steps=100, snr=0.3,
+        num_steps=1, t_end=0.5, init=jnp.full((20_000, 1), 5.0), denoise=False,
+    )  # fmt: skip
+    # The contraction of a step is 1 - h with h = 2 snr^2 = 0.18; variance v = (1 - h)^2 v + 2 h sigma^2.
+    sigma = np.sqrt(0.99)
+    expected = sigma**2 / (1 - 0.3**2)
+    assert abs(float(x.var()) / expected - 1) < 4 * np.sqrt(2 / 20_000)
+    assert abs(float(x.mean())) < 4 * np.sqrt(expected / 20_000)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_denoise_ends_with_the_posterior_mean(name):
+    """With and without, from the same noise: the end state follows the marginal at t_end, and is denoised exactly."""
+    sde, oracle, t_end = SDES[name], mixture(), 0.3
+    options = {"t_end": t_end, "num_steps": 300, "method": "ancestral_large"}
+    noisy, clean = (
+        sd.sample_sde(oracle.score_fn(sde), sde, jax.random.key(6), (4096, 2), denoise=denoise, **options)
+        for denoise in (False, True)
+    )
+    alpha, sigma = float(sde.alpha(jnp.asarray(t_end))), float(sde.sigma(jnp.asarray(t_end)))
+    marginal = alpha * np.asarray(oracle.mean()), alpha**2 * np.asarray(oracle.covariance()) + sigma**2 * np.eye(2)
+    assert np.abs(moment_z_scores(noisy, *marginal)).max() < 4
+    posterior_mean = oracle.score_fn(sde).predict(noisy, jnp.full(4096, t_end))[0]
+    np.testing.assert_allclose(clean, posterior_mean, atol=1e-5)
+
+
+# Orders.
+
+
+def exact_flow(sde, x, t, s):
+    """The probability flow of one Gaussian from t to s: marginal to marginal, standard deviations apart."""
+    (alpha_t, std_t), (alpha_s, std_s) = (
+        (float(sde.alpha(u)), np.sqrt(float(sde.alpha(u)) ** 2 * STD**2 + float(sde.sigma(u)) ** 2))
+        for u in (jnp.asarray(t), jnp.asarray(s))
+    )
+    return alpha_s * MEAN + std_s / std_t * (np.asarray(x) - alpha_t * MEAN)
+
+
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [("vp", "euler"), ("ve", "euler"), ("vp", "ddim"), ("cosine", "ddim"), *[(name, "heun") for name in NAMES]],
+)
+def test_convergence_order(name, method, x64):
+    """Against the closed form of the flow, over 8 states."""
+    sde, t_end = SDES[name], 0.05
+    init = sde.prior_sample(jax.random.key(7), (8, 1))
+    exact = exact_flow(sde, init, sde.t_max, t_end)
+    steps, errors = np.array([50, 100, 200]) * (4 if name == "ve" else 1), []
+    for num in steps:
+        x = sampler(method)(
+            one_gaussian().score_fn(sde), sde, jax.random.key(0), (8, 1), init=init,
+            num_steps=int(num), grid="log_snr" if method == "heun" else "uniform", t_end=t_end, denoise=False,
+        )  # fmt: skip
+        errors.append(np.abs(np.asarray(x) - exact).max())
+    expected = 2 if method == "heun" else 1
+    assert abs(order(steps, errors) - expected) < 0.15, errors
+
+
+def test_heun_follows_the_published_ode(x64):
+    """A mixture under VP: scipy integrates dx/dt = f x - 1/2 g^2 score with the paper's beta, Heun must agree."""
+    sde, oracle = SDES["vp"], mixture()
+    init = sde.prior_sample(jax.random.key(8), (4, 2))
+    score = jax.jit(lambda x, t: oracle.score_fn(sde)(x.reshape(4, 2), jnp.broadcast_to(t, 4)))
+
+    def rate(t, x):
+        f, squared = drift_and_squared_diffusion("vp", t)
+        return f * x - 0.5 * squared * np.asarray(score(jnp.asarray(x), jnp.asarray(t))).ravel()
+
+    solution = scipy.integrate.solve_ivp(rate, (1.0, 0.01), np.asarray(init).ravel(), rtol=1e-9, atol=1e-9)
+    x = sd.sample_ode(
+        oracle.score_fn(sde), sde, jax.random.key(0), (4, 2), init=init, num_steps=800, t_end=0.01, denoise=False
+    )
+    np.testing.assert_allclose(np.asarray(x).ravel(), solution.y[:, -1], atol=5e-5)
+
+
+@pytest.mark.parametrize("method", REVERSE)
+def test_weak_order_is_one(method):
+    """The bias of the variance on one Gaussian, from 5e5 samples a step count, against log steps.
+
+    The standard error of a variance, sqrt(2 / n) = 0.2%, is a tenth of the smallest bias.
+    """
+    sde, t_end, n = SDES["vp"], 0.02, 2**19
+    alpha, sigma = float(sde.alpha(jnp.asarray(t_end))), float(sde.sigma(jnp.asarray(t_end)))
+    expected = alpha**2 * STD**2 + sigma**2
+    steps, biases = np.array([10, 20, 40]), []
+    for num in steps:
+        x = np.asarray(
+            sd.sample_sde(
+                one_gaussian().score_fn(sde), sde, jax.random.key(9), (n, 1),
+                method=method, num_steps=int(num), grid="log_snr", t_end=t_end, denoise=False,
+            )  # fmt: skip
+        )
+        biases.append(abs(x.var(dtype=np.float64) / expected - 1))
+    assert min(biases) > 4 * np.sqrt(2 / n), biases
+    assert abs(order(steps, biases) - 1) < 0.3, biases
+
+
+def test_euler_maruyama_has_the_moments_of_its_own_recursion(x64):
+    """x' = x - f x h + g^2 h score + sqrt(g^2 h) z on one Gaussian: mean and variance step by step, paper's beta."""
+    sde, n, num = SDES["vp"], 200_000, 25
+    t = np.linspace(1.0, 0.1, num + 1)
+    mean, variance = 0.0, 1.0
+    for now, then in zip(t[:-1], t[1:]):
+        f, squared = drift_and_squared_diffusion("vp", now)
+        signal = np.exp(-0.5 * (0.1 * now + 9.95 * now**2))
+        spread = signal**2 * STD**2 + 1 - signal**2
+        factor = 1 - (f + squared / spread) * (now - then)
+        mean = factor * mean + squared * (now - then) * signal * MEAN / spread
+        variance = factor**2 * variance + squared * (now - then)
+    x = np.asarray(
+        sd.sample_sde(
+            one_gaussian().score_fn(sde), sde, jax.random.key(10), (n, 1), grid=jnp.asarray(t), denoise=False
+        )
+    )
+    assert abs(x.mean() - mean) < 4 * np.sqrt(variance / n)
+    assert abs(x.var() / variance - 1) < 4 * np.sqrt(2 / n)
+
+
+# Evaluations, grids, paths, keys.
+
+
+@pytest.mark.parametrize(
+    ("method", "per_step"),
+    [("euler", 1), ("ddim", 1), ("heun", 2), *[(method, 1) for method in REVERSE]],
+)
+@pytest.mark.parametrize("denoise", [True, False])
+def test_evaluations_are_the_documented_ones(method, per_step, denoise):
+    sde = SDES["vp"]
+    score_fn, calls = counted(lambda x, t: -x)
+    x = sampler(method)(score_fn, sde, jax.random.key(0), (2, 3), num_steps=7, denoise=denoise)
+    jax.block_until_ready(x)
+    jax.effects_barrier()
+    assert len(calls) == 7 * per_step + denoise
+
+
+@pytest.mark.parametrize(("corrector", "corrector_steps", "per_step"), [("langevin", 3, 4), (None, 3, 1), ("langevin", 0, 1)])
+def test_evaluations_of_predictor_corrector(corrector, corrector_steps, per_step):
+    score_fn, calls = counted(lambda x, t: -x)
+    jax.block_until_ready(
+        sd.sample_pc(
+            score_fn, SDES["vp"], jax.random.key(0), (2, 3), corrector=corrector, corrector_steps=corrector_steps, num_steps=5
+        )
+    )
+    jax.effects_barrier()
+    assert len(calls) == 5 * per_step + 1
+
+
+@pytest.mark.parametrize("kind", ["edm", "log_snr", "quadratic", "uniform"])
+@pytest.mark.parametrize("sde", [*SDES.values(), ZERO_SNR, sd.DDPM(), sd.SMLD()], ids=lambda sde: type(sde).__name__)
+def test_grids(sde, kind):
+    """Exact ends, strictly decreasing, and evenly spaced in the variable that names them."""
+    for num in (1, 2, 18, 500):
+        t = np.asarray(sd.time_grid(sde, num, kind))
+        assert t.shape == (num + 1,) and (np.diff(t) < 0).all()
+        assert t[0] == np.float32(sde.t_max) and t[-1] == np.float32(sde.t_min)
+    t = jnp.asarray(sd.time_grid(sde, 18, kind))
+    # The first time stands for the largest noise that the samplers know, where the process has no largest one.
+    log_snr = np.maximum(np.asarray(sde.log_snr(t), np.float64), -20)
+    spaced = {"edm": np.exp(-log_snr / 14), "log_snr": log_snr, "uniform": t, "quadratic": np.sqrt(t)}[kind]
+    steps = np.diff(np.asarray(spaced, np.float64))
+    np.testing.assert_allclose(steps, steps.mean(), rtol=2e-3)
+
+
+def test_edm_grid_is_edms(x64):
+    """arXiv:2206.00364 eq. 5 with rho = 7, as a VE process from 80 to 0.002 reads it."""
+    sde = sd.VE(sigma_min=0.002, sigma_max=80.0, t_min=1e-9, t_train=1e-9)
+    sigma = np.asarray(sde.sigma(sd.time_grid(sde, 17)))
+    i = np.arange(18)
+    published = (80 ** (1 / 7) + i / 17 * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7
+    np.testing.assert_allclose(sigma, published, rtol=1e-5)
+
+
+def test_a_grid_of_ones_own():
+    """An array gives what the name gives; other values of the same length compile nothing."""
+    sde, oracle, traces = SDES["vp"], mixture(), []
+
+    def score_fn(x, t):
+        traces.append(1)
+        return oracle.score_fn(sde)(x, t)
+
+    def sample(**options):
+        return sd.sample_ode(score_fn, sde, jax.random.key(0), (5, 2), **options)
+
+    by_name = sample(num_steps=12)
+    traced = len(traces)
+    np.testing.assert_allclose(sample(grid=sd.time_grid(sde, 12)), by_name, rtol=1e-5)
+    other = sample(grid=np.linspace(1.0, 0.01, 13))
+    assert sample(num_steps=12, grid="log_snr", t_end=0.1).shape == (5, 2)
+    assert len(traces) == traced > 0
+    assert not np.allclose(other, by_name, rtol=1e-5)
+
+
+@pytest.mark.parametrize("method", [*ODE, *REVERSE, "langevin"])
+def test_return_path(method):
+    """The states at all times of the grid: the prior draw first, what denoise=False returns last."""
+    sde, oracle = SDES["vp"], mixture()
+    options = {"num_steps": 6, "return_path": True}
+    call = lambda **more: sampler(method)(oracle.score_fn(sde), sde, jax.random.key(1), (3, 2), **options, **more)  # noqa: E731
+    sample, path = call(denoise=False)
+    assert path.shape == (7, 3, 2)
+    np.testing.assert_array_equal(sample, path[-1])
+    _, again = call(init=path[0], denoise=False)
+    np.testing.assert_allclose(again, path, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", [*ODE, *REVERSE, "langevin"])
+def test_one_key_one_sample_and_neighbours_do_not_matter(method):
+    sde, oracle = SDES["vp"], mixture()
+
+    def sample(key, init):
+        return np.asarray(
+            sampler(method)(oracle.score_fn(sde), sde, jax.random.key(key), (4, 2), num_steps=20, init=init)
+        )
+
+    init = sde.prior_sample(jax.random.key(2), (4, 2))
+    first = sample(0, init)
+    np.testing.assert_array_equal(sample(0, init), first)
+    np.testing.assert_array_equal(sample(0, init.at[1:].mul(-3.0))[0], first[0])
+    assert (method in ODE) == np.array_equal(sample(1, init), first)
+    # Two examples that start at one point part by their own noise.
+    same = sample(0, jnp.ones((4, 2)))
+    assert (method in ODE) == np.array_equal(same[0], same[1])
+
+
+def test_the_published_corrector_couples_neighbours():
+    """Why "langevin" is the default: here a neighbour changes the step of all."""
+    sde, oracle = SDES["vp"], mixture()
+    init = sde.prior_sample(jax.random.key(2), (4, 2))
+    a, b = (
+        sd.sample_pc(
+            oracle.score_fn(sde), sde, jax.random.key(0), (4, 2), corrector="langevin_norm", num_steps=20, init=x
+        )
+        for x in (init, init.at[1:].mul(-3.0))
+    )
+    assert not np.allclose(a[0], b[0], rtol=1e-3)
+
+
+@pytest.mark.parametrize("method", REVERSE)
+def test_the_last_step_adds_no_noise(method):
+    """Data at one point comes out as that point, with no trace of the noise at t_end (its std is 0.01)."""
+    sde = SDES["ve"]
+    point = sd.GaussianMixture.gaussian(np.array([0.3, -0.2]), np.zeros((2, 2)))
+    x = sampler(method)(point.score_fn(sde), sde, jax.random.key(0), (64, 2), num_steps=200)
+    np.testing.assert_allclose(x, np.tile([[0.3, -0.2]], (64, 1)), atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["ddim", "heun", "ancestral"])
+def test_a_point_is_reached_in_any_number_of_steps(method):
+    """Where x0 is known DDIM, Heun and the posterior are exact: also in 1 and 3 steps, from zero terminal SNR too."""
+    for sde in (*SDES.values(), ZERO_SNR):
+        point = sd.GaussianMixture.gaussian(np.array([0.3]), np.zeros((1, 1)))
+        for num_steps in (1, 3):
+            x = sampler(method)(point.score_fn(sde), sde, jax.random.key(0), (5, 1), num_steps=num_steps)
+            np.testing.assert_allclose(x, 0.3, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 2, 2, 3), (3, 5)])
+@pytest.mark.parametrize("method", ["heun", "euler_maruyama", "langevin"])
+def test_shapes(method, shape):
+    sde = SDES["ve"]
+    x = sampler(method)(lambda x, t: -x / (1 + sde.sigma(t).reshape(-1, *[1] * (x.ndim - 1)) ** 2), sde,
+                        jax.random.key(0), shape, num_steps=10)  # fmt: skip
+    assert x.shape == shape and x.dtype == jnp.float32 and np.isfinite(x).all()
+
+
+@pytest.mark.parametrize("method", ["heun", "euler_maruyama", "langevin"])
+def test_pmap_and_shards_give_the_numbers_of_jit(method):
+    sde, oracle = SDES["vp"], mixture()
+    keys = jax.random.split(jax.random.key(0), 8)
+
+    def sample(key):
+        return sampler(method)(oracle.score_fn(sde), sde, key, (4, 2), num_steps=20)
+
+    one_by_one = np.stack([sample(key) for key in keys])
+    np.testing.assert_allclose(jax.pmap(sample)(keys), one_by_one, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(jax.jit(jax.vmap(sample))(keys), one_by_one, rtol=1e-3, atol=1e-4)
+    # Noise is drawn at the global shape: a batch spread over 8 devices is the batch of one device.
+    init = sde.prior_sample(jax.random.key(1), (32, 2))
+    sharding = jax.sharding.NamedSharding(jax.make_mesh((8,), ("data",)), jax.sharding.PartitionSpec("data"))
+    whole, spread = (
+        sampler(method)(oracle.score_fn(sde), sde, jax.random.key(2), (32, 2), init=x, num_steps=20)
+        for x in (init, jax.device_put(init, sharding))
+    )
+    np.testing.assert_allclose(spread, whole, rtol=1e-3, atol=1e-4)
+
+
+def test_gradients_flow_through_a_sampler(x64):
+    """d sample / d init of the flow of one Gaussian is the ratio of the marginals' standard deviations."""
+    sde = SDES["vp"]
+    init = jnp.asarray([[0.3]])
+
+    def end(init):
+        return sd.sample_ode(
+            one_gaussian().score_fn(sde), sde, jax.random.key(0), (1, 1), init=init, num_steps=200, t_end=0.1, denoise=False
+        )[0, 0]
+
+    slope = (exact_flow(sde, init + 1, 1.0, 0.1) - exact_flow(sde, init, 1.0, 0.1))[0, 0]
+    np.testing.assert_allclose(jax.grad(end)(init), [[slope]], rtol=1e-3)
+
+
+def test_a_schedule_is_an_argument_like_any_other():
+    """vmap over beta_max, and the SDE as a traced argument of jit."""
+    oracle = mixture()
+
+    def sample(beta_max):
+        sde = sd.VP(beta_max=beta_max)
+        return sd.sample_ode(oracle.score_fn(sde), sde, jax.random.key(0), (3, 2), num_steps=8)
+
+    several = jax.vmap(sample)(jnp.asarray([10.0, 20.0]))
+    np.testing.assert_allclose(several[1], sample(20.0), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_the_state_stays_float32(dtype):
+    """A narrow init and a narrow network do not narrow the state."""
+    sde, oracle = SDES["vp"], mixture()
+    init = sde.prior_sample(jax.random.key(0), (64, 2)).astype(dtype)
+    exact = oracle.score_fn(sde)
+    score_fn = sd.as_score(lambda x, t: -(sde.sigma(t)[:, None] * exact(x, t)).astype(dtype), sde, prediction="eps")
+    x = sd.sample_ode(score_fn, sde, jax.random.key(1), (64, 2), init=init)
+    wide = sd.sample_ode(exact, sde, jax.random.key(1), (64, 2), init=init.astype(jnp.float32))
+    assert x.dtype == jnp.float32
+    # The network's own rounding, 2^-9 of its output, not the 2^-9 of alpha ~ 1 against sigma ~ 0.01.
+    np.testing.assert_allclose(x, wide, atol=0.05)
+
+
+# Bad input.
+
+
+def vp_call(function=sd.sample_ode, **options):
+    shape = options.pop("shape", (2, 2))
+    return lambda: function(lambda x, t: -x, SDES["vp"], options.pop("key", jax.random.key(0)), shape, **options)
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (vp_call(method="rk4"), ["method 'rk4'", "ddim, euler, heun"]),
+        (vp_call(sd.sample_sde, method="em"), ["'em'", "ancestral, ancestral_large, euler_maruyama, reverse_diffusion"]),
+        (vp_call(sd.sample_pc, predictor="em"), ["predictor 'em'", "ancestral", "heun"]),
+        (vp_call(sd.sample_pc, corrector="mala"), ["corrector 'mala'", "annealed_langevin, langevin, langevin_norm"]),
+        (vp_call(sd.sample_pc, corrector_steps=-1), ["corrector_steps=-1", "at least 0"]),
+        (vp_call(sd.sample_pc, snr=0.0), ["snr=0.0", "0.16"]),
+        (vp_call(grid="cosine"), ["grid 'cosine'", "edm, log_snr, quadratic, uniform"]),
+        (vp_call(num_steps=0), ["num_steps=0", "at least 1"]),
+        (vp_call(t_end=0.0), ["t_end=0.0", "t_train=1e-05", "t_max=1.0", "t_min=0.001"]),
+        (vp_call(t_end=1.0), ["t_end=1.0", "VP"]),
+        (vp_call(grid=np.array([0.1, 0.5, 1.0])), ["decreasing", "reverse"]),
+        (vp_call(grid=np.array([1.0, 0.5, 0.5])), ["decreasing", "repeated"]),
+        (vp_call(grid=np.array([1.0, np.nan])), ["decreasing"]),
+        (vp_call(grid=np.array([2.0, 0.5])), ["2", "outside", "VP", "1.0"]),
+        (vp_call(grid=np.array([1.0, 0.0])), ["outside", "1e-05"]),
+        (vp_call(grid=np.array([1.0])), ["(1,)", "at least 2"]),
+        (vp_call(grid=np.array([1.0, 0.5]), t_end=0.1), ["t_end=0.1", "pass one"]),
+        (vp_call(shape=(4,)), ["(4,)", "(batch, *event)"]),
+        (vp_call(shape=(0, 2)), ["(0, 2)", "positive"]),
+        (vp_call(init=jnp.ones((3, 2))), ["(3, 2)", "(2, 2)", "equal"]),
+    ],
+)
+def test_bad_input_is_refused_before_compilation(call, words):
+    """eval_shape traces and compiles nothing."""
+    with pytest.raises(ValueError) as error:
+        jax.eval_shape(call)
+    assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("sample", [sd.sample_ode, sd.sample_sde, sd.sample_pc])
+def test_an_infinite_drift_is_refused(sample):
+    option = {sd.sample_ode: {"method": "euler"}, sd.sample_sde: {}, sd.sample_pc: {"predictor": "euler"}}[sample]
+    for wrap in (lambda f: f, jax.jit):
+        with pytest.raises(ValueError, match="finite drift.*zero terminal SNR.*'ddim'"):
+            wrap(lambda key: sample(mixture().score_fn(ZERO_SNR), ZERO_SNR, key, (2, 2), **option))(jax.random.key(0))
