@@ -131,11 +131,9 @@ def test_ancestral_sampling_on_the_levels_recovers_the_data(sde):
 
 
 @pytest.mark.parametrize("sde", [sd.DDPM(), sd.SMLD(num_levels=50)], ids=["ddpm", "smld"])
-def test_the_continuous_samplers_accept_them(sde):
+def test_the_ode_sampler_accepts_them(sde):
     oracle = mixture()
     x = sd.sample_ode(oracle.score_fn(sde), sde, jax.random.key(3), (4096, 2), num_steps=40)
-    assert np.abs(moment_z_scores(x, oracle.mean(), oracle.covariance())).max() < 4
-    x = sd.sample_sde(oracle.score_fn(sde), sde, jax.random.key(4), (4096, 2), num_steps=500)
     assert np.abs(moment_z_scores(x, oracle.mean(), oracle.covariance())).max() < 4
 
 

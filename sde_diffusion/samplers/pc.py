@@ -45,13 +45,15 @@ class PredictorCorrector:
 
     def __call__(self, score_fn, sde, key, x, t, s):
         keys = jax.random.split(key, self.corrector_steps + 1)
-        x = self.predictor(score_fn, sde, keys[0], x, t, s)
-        for key in keys[1:]:
+        x = self.predictor(score_fn, sde, keys[0], x, t, s).astype(x.dtype)
+
+        def correct(x, key):
             gradient = score(score_fn, x, s)
             noise = jax.random.normal(key, x.shape, x.dtype)
             size = self.step_size(sde, key, x, s, gradient, noise, self.snr)
-            x = x + size * gradient + jnp.sqrt(2 * size) * noise
-        return x
+            return (x + size * gradient + jnp.sqrt(2 * size) * noise).astype(x.dtype), None
+
+        return jax.lax.scan(correct, x, keys[1:])[0] if self.corrector_steps else x
 
 
 def sample_pc(
