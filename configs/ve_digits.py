@@ -1,4 +1,4 @@
-"""The digits of vp_digits.py under the variance-exploding SDE, with EDM's preconditioning and weighting.
+"""The digits of vp_digits.py under the variance-exploding SDE, with EDM's preconditioning. No figure of a whole run has been measured yet.
 
     python -m sde_diffusion.main --config=configs/ve_digits.py --workdir=runs/ve_digits
 """

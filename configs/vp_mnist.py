@@ -1,4 +1,4 @@
-"""MNIST under the VP SDE, trained on the ELBO: an hour on a GPU, a smoke test with fewer steps on a CPU.
+"""MNIST under the VP SDE, trained on the ELBO. No figure of a whole run has been measured yet.
 
     python -m sde_diffusion.main --config=configs/vp_mnist.py --workdir=runs/vp_mnist
 """
