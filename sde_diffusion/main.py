@@ -25,7 +25,7 @@ def _fail(error) -> None:
 def _with_config(argv: list[str]) -> list[str]:
     """argv; where it names no --config, with the one that the workdir holds, or the default."""
     values = {}
-    for word, following in zip(argv[1:], [*argv[2:], ""], strict=True):
+    for word, following in zip(argv[1:], [*argv[2:], ""], strict=False):
         name, equals, value = word.lstrip("-").partition("=")
         values[name] = value if equals else following
     saved = Path(values.get("workdir") or os.devnull).expanduser().absolute() / "config.json"

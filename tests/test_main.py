@@ -156,7 +156,7 @@ def test_the_real_data_train(name, extra, tmp_path):
     if not os.environ.get("TFDS_DATA_DIR"):
         pytest.skip("TFDS_DATA_DIR is not set: no prepared MNIST and CIFAR-10")
     done = run(
-        f"--workdir={tmp_path}", *TINY[1:], f"--config={ROOT / 'configs' / (name + '.py')}", "--config.model.num_blocks=1",
+        f"--workdir={tmp_path}", f"--config={ROOT / 'configs' / (name + '.py')}", *TINY[1:], "--config.model.num_blocks=1",
         "--config.train.num_steps=40", "--config.train.log_every=10", "--config.optim.warmup_steps=5", "--config.optim.lr=2e-3",
         *extra,
     )  # fmt: skip
