@@ -1,5 +1,7 @@
 """Time grids: decreasing arrays of times, from the prior to where sampling stops."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -49,8 +51,12 @@ def time_grid(
         isinstance(num_steps, (int, np.integer)) and num_steps >= 1,
         f"num_steps={num_steps} must be an integer of at least 1; 20 to 50 is usual for an ODE sampler",
     )
-    t0 = jnp.asarray(sde.t_max, float)
-    t1 = jnp.asarray(check_t_end(sde, t_end), float)
+    return _fill(fn, sde, check_t_end(sde, t_end), num_steps)
+
+
+@functools.partial(jax.jit, static_argnames=("fn", "num_steps"))
+def _fill(fn, sde, t_end, num_steps):
+    t0, t1 = jnp.asarray(sde.t_max, float), jnp.asarray(t_end, float)
     grid = fn(sde, t0, t1, jnp.linspace(0.0, 1.0, num_steps + 1))
     # The ends are exact, whatever the map between lambda and t rounds to.
     return grid.at[0].set(t0).at[-1].set(t1)
