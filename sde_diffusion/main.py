@@ -23,14 +23,15 @@ def _fail(error) -> None:
 
 
 def _with_config(argv: list[str]) -> list[str]:
-    """argv; where it names no --config, with the one that the workdir holds, or the default."""
+    """argv with --config first, as its overrides need it: the one it names, or the workdir's, or the default."""
     values = {}
-    for word, following in zip(argv[1:], [*argv[2:], ""], strict=False):
+    for i, word in enumerate(argv[1:], 1):
         name, equals, value = word.lstrip("-").partition("=")
-        values[name] = value if equals else following
+        if name == "config":
+            end = i + (1 if equals else 2)
+            return [argv[0], *argv[i:end], *argv[1:i], *argv[end:]]
+        values[name] = value if equals else "".join(argv[i + 1 : i + 2])
     saved = Path(values.get("workdir") or os.devnull).expanduser().absolute() / "config.json"
-    if "config" in values:
-        return argv
     config = f"{_HERE / 'saved_config.py'}:{saved}" if saved.is_file() else str(_DEFAULT)
     return [argv[0], f"--config={config}", *argv[1:]]
 

@@ -343,7 +343,7 @@ def test_build():
     assert network == UNet(channels=16, multipliers=(1, 2), attention=(4,))
     assert hash(network) == hash(UNet(channels=16, multipliers=(1, 2), attention=(4,)))
     assert {type(build(name)) for name in MODELS} == {MLP, UNet}
-    with pytest.raises(ValueError, match="unknown model 'resnet': choose one of mlp, unet"):
+    with pytest.raises(ValueError, match="unknown model 'resnet'; choose one of mlp, unet"):
         build("resnet")
     with pytest.raises(ValueError, match="unknown option 'chanels' of model 'unet'.*channels"):
         build("unet", chanels=3)
@@ -351,7 +351,7 @@ def test_build():
 
 @pytest.mark.parametrize("field", ["resampling", "embedding", "progressive_input"])
 def test_unknown_names_are_refused_at_construction(field):
-    with pytest.raises(ValueError, match=f"unknown {field} 'cubic': choose one of .*, "):
+    with pytest.raises(ValueError, match=f"unknown {field} 'cubic'; choose one of .*, "):
         UNet(**{field: "cubic"})
 
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import flax.linen as nn
 
-from sde_diffusion.models.layers import choose
 from sde_diffusion.models.mlp import MLP
 from sde_diffusion.models.unet import UNet
+from sde_diffusion.prediction import lookup
 
 MODELS = {"mlp": MLP, "unet": UNet}
 
@@ -23,7 +23,7 @@ def build(name: str, **options: Any) -> nn.Module:
 
     Raises ValueError for an unknown name or option and lists the known ones.
     """
-    network = choose(MODELS, "model", name)
+    network = lookup(MODELS, name, "model")
     known = [field.name for field in fields(network) if field.name not in ("parent", "name")]
     unknown = sorted(set(options) - set(known))
     if unknown:

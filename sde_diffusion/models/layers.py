@@ -4,7 +4,7 @@ Convolutions are channels-last. Noise embeddings, norm statistics and the softma
 at least float32 whatever the compute dtype is.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -13,12 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-
-def choose(table: Mapping[str, Any], kind: str, name: str) -> Any:
-    """The entry `name` of `table`. Raises ValueError that lists the known names of this `kind`."""
-    if name not in table:
-        raise ValueError(f"unknown {kind} {name!r}: choose one of {', '.join(sorted(table))}")
-    return table[name]
+from sde_diffusion.prediction import lookup
 
 
 def check_call(
@@ -105,7 +100,7 @@ class NoiseEmbedding(nn.Module):
         c = c.astype(jnp.promote_types(c.dtype, jnp.float32))
         scale = EMBEDDING_SCALES[self.kind] if self.scale is None else self.scale
         dense = dict(dtype=c.dtype, param_dtype=jnp.dtype(self.param_dtype))
-        h = choose(EMBEDDINGS, "embedding", self.kind)(c, self.features, scale)
+        h = lookup(EMBEDDINGS, self.kind, "embedding")(c, self.features, scale)
         h = nn.Dense(self.width, kernel_init=uniform_init(), **dense)(h)
         h = nn.Dense(self.width, kernel_init=uniform_init(), **dense)(nn.silu(h))
         if self.num_classes is not None:

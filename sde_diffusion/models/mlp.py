@@ -11,9 +11,9 @@ from sde_diffusion.models.layers import (
     EMBEDDINGS,
     NoiseEmbedding,
     check_call,
-    choose,
     uniform_init,
 )
+from sde_diffusion.prediction import lookup
 
 
 class MLP(nn.Module):
@@ -39,7 +39,7 @@ class MLP(nn.Module):
     param_dtype: Any = "float32"
 
     def __post_init__(self):
-        choose(EMBEDDINGS, "embedding", self.embedding)
+        lookup(EMBEDDINGS, self.embedding, "embedding")
         super().__post_init__()
 
     @nn.compact

@@ -13,11 +13,11 @@ from sde_diffusion.models.layers import (
     ResidualBlock,
     SelfAttention,
     check_call,
-    choose,
     fir_blur,
     norm,
     uniform_init,
 )
+from sde_diffusion.prediction import lookup
 
 PROGRESSIVE_INPUTS = {"none": False, "residual": True}
 
@@ -63,9 +63,9 @@ class UNet(nn.Module):
     param_dtype: Any = "float32"
 
     def __post_init__(self):
-        choose(DOWNSAMPLING, "resampling", self.resampling)
-        choose(PROGRESSIVE_INPUTS, "progressive_input", self.progressive_input)
-        choose(EMBEDDINGS, "embedding", self.embedding)
+        lookup(DOWNSAMPLING, self.resampling, "resampling")
+        lookup(PROGRESSIVE_INPUTS, self.progressive_input, "progressive_input")
+        lookup(EMBEDDINGS, self.embedding, "embedding")
         super().__post_init__()
 
     @nn.compact
