@@ -113,6 +113,12 @@ class ExactScore:
     mixture: GaussianMixture
     sde: SDE
 
+    @property
+    def sigma_data(self) -> Float[Array, ""]:
+        """The standard deviation of the data, sqrt(trace(Cov[x]) / D), at least 1e-3: samplers ask a score function for it."""
+        variance = jnp.trace(self.mixture.covariance()) / self.mixture.means.shape[1]
+        return jnp.maximum(jnp.sqrt(variance), 1e-3)
+
     def __call__(self, x: Float[Array, "b d"], t: Float[Array, " b"]) -> Float[Array, "b d"]:
         return self._solve(x, t)[0]
 

@@ -18,9 +18,15 @@ from sde_diffusion.prediction import NOISE_LABELS, PREDICTIONS, as_score, lookup
 from sde_diffusion.samplers import sample_ode, sample_pc, sample_sde
 from sde_diffusion.samplers import ode, pc, sde as reverse
 from sde_diffusion.samplers.grid import GRIDS, check_t_end
+from sde_diffusion.samplers.integrate import check_start
 from sde_diffusion.sde import SDE, SDES, check
 
-SAMPLERS = {"ode": (sample_ode, ode.METHODS), "sde": (sample_sde, reverse.METHODS), "pc": (sample_pc, pc.PREDICTORS)}
+# The function, the solvers that it knows, and its usual one.
+SAMPLERS = {
+    "ode": (sample_ode, ode.METHODS, "adams"),
+    "sde": (sample_sde, reverse.METHODS, "euler_maruyama"),
+    "pc": (sample_pc, pc.PREDICTORS, "reverse_diffusion"),
+}
 
 
 def defaults() -> dict[str, Any]:
@@ -68,12 +74,13 @@ def defaults() -> dict[str, Any]:
         },
         "sample": {
             "sampler": "ode",  # ode, sde or pc
-            "method": "heun",  # of the sampler; for pc the predictor
+            "method": config_dict.placeholder(str),  # see sd.solvers(); for pc the predictor; None: the sampler's usual one
+            "noise_level": 1.0,  # of sde: 0 is the ODE
             "corrector": "langevin",  # of pc
             "snr": 0.16,  # of pc
             "corrector_steps": 1,  # of pc
             "num_steps": 18,
-            "grid": "edm",
+            "grid": config_dict.placeholder(str),  # None: the method's usual one
             "t_end": config_dict.placeholder(float),  # None: the SDE's t_min
             "denoise": True,
             "num": 1024,
@@ -143,10 +150,16 @@ def load(path: Path) -> ConfigDict:
       ValueError: not a JSON object of known keys.
     """
     try:
-        plain = json.loads(path.read_text())
-        return experiment(**plain)
+        return experiment(**_tuples(json.loads(path.read_text())))
     except (json.JSONDecodeError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not a config written by this program ({error}); delete or restore it") from None
+
+
+def _tuples(value):
+    """JSON's lists as the tuples that they were."""
+    if isinstance(value, dict):
+        return {k: _tuples(v) for k, v in value.items()}
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 def to_json(config: ConfigDict) -> str:
@@ -194,10 +207,10 @@ def validate(config: ConfigDict) -> None:
     losses = {"weighted": {**LOG_SNR_WEIGHTS, **TIME_WEIGHTS}, "dsm": {k: TIME_WEIGHTS[k] for k in ("sigma2", "likelihood")}}
     lookup(lookup(losses, config.loss.name, "loss.name"), config.loss.weight, f"weight of the {config.loss.name} loss")
     lookup({"uniform": 0, "log_snr": 0}, config.loss.times, "loss.times")
-    lookup(lookup(SAMPLERS, config.sample.sampler, "sample.sampler")[1], config.sample.method, f"method of the {config.sample.sampler} sampler")
     if config.sample.sampler == "pc":
         lookup(pc.CORRECTORS, config.sample.corrector, "sample.corrector")
-    lookup(GRIDS, config.sample.grid, "sample.grid")
+    if config.sample.grid is not None:
+        lookup(GRIDS, config.sample.grid, "sample.grid")
     lookup({"hutchinson": 0, "exact": 0}, config.eval.trace, "eval.trace")
     check_t_end(sde, config.sample.t_end)
     check_t_end(sde, config.eval.t_end)
@@ -207,13 +220,19 @@ def validate(config: ConfigDict) -> None:
         section, name = key.split(".")
         value = config[section][name]
         check(isinstance(value, int) and value >= 1, f"{key}={value!r} must be an integer of at least 1")
+    _, methods, usual = lookup(SAMPLERS, config.sample.sampler, "sample.sampler")
+    method = config.sample.method or usual
+    solver = lookup(methods, method, f"sample.method of the {config.sample.sampler} sampler")
+    check_start(solver, method, sde, config.sample.num_steps)
+    for key, seed in (("seed", config.seed), ("sample.seed", config.sample.seed), ("eval.seed", config.eval.seed)):
+        check(isinstance(seed, int) and 0 <= seed < 2**63, f"{key}={seed!r} must be an integer from 0 to 2^63 - 1")
     for key in ("optim.lr", "optim.eps", "sample.snr", "eval.rtol", "eval.atol", "prediction.sigma_data"):
         section, name = key.split(".")
         check(config[section][name] > 0, f"{key}={config[section][name]!r} must be positive")
     for key in ("optim.beta1", "optim.beta2", "optim.ema_decay", "train.label_dropout"):
         section, name = key.split(".")
         check(0 <= config[section][name] < 1, f"{key}={config[section][name]!r} must be in [0, 1)")
-    for key in ("optim.warmup_steps", "optim.grad_clip", "sample.corrector_steps"):
+    for key in ("optim.warmup_steps", "optim.grad_clip", "sample.corrector_steps", "sample.noise_level"):
         section, name = key.split(".")
         check(config[section][name] >= 0, f"{key}={config[section][name]!r} must be at least 0")
     n = config.eval.num_examples
@@ -254,7 +273,7 @@ def build_model(config: ConfigDict):
 
 
 def build_score(config: ConfigDict, params, labels=None, **apply_options):
-    """The score function of the config's network with the given parameters (and labels, for conditional networks)."""
+    """The score function of the config's network with the given parameters; a conditional one takes labels, or none."""
     network = jax.tree_util.Partial(build_model(config).apply, {"params": params}, labels=labels, **apply_options)
     return as_score(network, build_sde(config), **_prediction_options(config))
 
@@ -270,11 +289,14 @@ def build_loss(config: ConfigDict):
 def build_sampler(config: ConfigDict):
     """The sampler of the config: (score_fn, key, shape) -> samples."""
     c = config.sample
-    fn = SAMPLERS[c.sampler][0]
+    fn, _, usual = SAMPLERS[c.sampler]
+    method = c.method or usual
     options = {"num_steps": c.num_steps, "grid": c.grid, "t_end": c.t_end, "denoise": c.denoise}
     if c.sampler == "pc":
-        options |= {"predictor": c.method, "corrector": c.corrector, "snr": c.snr, "corrector_steps": c.corrector_steps}
+        options |= {"predictor": method, "corrector": c.corrector, "snr": c.snr, "corrector_steps": c.corrector_steps}
     else:
-        options["method"] = c.method
+        options["method"] = method
+    if c.sampler == "sde":
+        options["noise_level"] = c.noise_level
     sde = build_sde(config)
     return lambda score_fn, key, shape: fn(score_fn, sde, key, shape, **options)

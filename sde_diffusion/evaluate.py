@@ -46,24 +46,17 @@ def load_run(workdir: str | Path) -> Run:
         dataset = data.load(**configs.data_options(config), in_memory=False)
         _, scaler, abstract = train.prepare(config, dataset)
         params = checkpoints.restore(abstract, step).ema
-    score_fn = _score(config, params, 1)
+    score_fn = configs.build_score(config, params)
     return Run(score_fn, configs.build_sde(config), dataset.event_shape, scaler, step, config)
-
-
-def _score(config, params, n):
-    """The score function of the network; a conditional one gets, for every example, the label that means "none"."""
-    num_classes = config.model.get("num_classes")
-    labels = None if num_classes is None else jnp.full((n,), num_classes)
-    return configs.build_score(config, params, labels)
 
 
 def make_sampler(config: ConfigDict, mesh, event_shape: tuple[int, ...]):
     """`draw(params, num, seed)`: samples `(num, *event)` in model space by the config's sampler, as a numpy array.
 
-    Compiled once, for batches of `sample.batch_size` split over the mesh. A conditional network gets the classes in turn.
+    Compiled once, for batches of `sample.batch_size`, rounded up to a multiple of the devices, split over the mesh. A conditional network gets the classes in turn.
     """
     sampler = configs.build_sampler(config)
-    batch = config.sample.batch_size
+    batch = sharding.round_up(mesh, config.sample.batch_size)
     num_classes = config.model.get("num_classes")
     labels = None if num_classes is None else jnp.arange(batch) % num_classes
 
@@ -113,15 +106,13 @@ def bits_per_dim(config: ConfigDict, params, mesh, scaler: data.Scaler, examples
     """
     c = config.eval
     sde = configs.build_sde(config)
-    # No larger than the data needs, and a multiple of the devices.
-    batch_size = min(c.batch_size, -(-len(examples) // mesh.devices.size) * mesh.devices.size)
+    batch_size = sharding.round_up(mesh, min(c.batch_size, len(examples)))
 
     @jax.jit
     def log_prob(params, key, levels):
         key_x, key_probe = jax.random.split(key)
         return log_likelihood(
-            # One example at a time under vmap, so one label.
-            _score(config, params, 1), sde, key_probe, scaler.dequantize(key_x, levels),
+            configs.build_score(config, params), sde, key_probe, scaler.dequantize(key_x, levels),
             trace=c.trace, num_probes=c.num_probes, rtol=c.rtol, atol=c.atol, t_end=c.t_end,
         )  # fmt: skip
 
@@ -139,7 +130,7 @@ def bits_per_dim(config: ConfigDict, params, mesh, scaler: data.Scaler, examples
             f"the log-likelihood of {len(bad)} of {len(bits)} examples is not finite, first of example {bad[0]}: "
             "loosen eval.rtol and eval.atol, or train longer"
         )
-    return {"bits_per_dim": bits.mean(), "stderr": bits.std(ddof=1) / math.sqrt(len(bits)), "num": len(bits)}
+    return {"bits_per_dim": bits.mean(), "stderr": bits.std(ddof=1) / math.sqrt(len(bits)) if len(bits) > 1 else None, "num": len(bits)}
 
 
 def gaussian_mixture_bits_per_dim(
@@ -168,16 +159,21 @@ def gaussian_mixture_bits_per_dim(
 def evaluate(config: ConfigDict, workdir: Path, params, step: int, dataset: data.Dataset, mesh, scaler) -> dict:
     """Held-out bits/dim and the sample-quality figure, printed and stored in `workdir/eval_STEP.json`."""
     examples = dataset.test[: config.eval.num_examples]
+    say = print if jax.process_index() == 0 else lambda *a, **k: None
+    say(f"evaluating {len(examples):,} held-out examples and {config.sample.num:,} samples ...", flush=True)
     ode = bits_per_dim(config, params, mesh, scaler, examples)
     t_end = config.eval.t_end if config.eval.t_end is not None else configs.build_sde(config).t_min
     of = "" if len(examples) == len(dataset.test) else f" of {len(dataset.test):,}"
     out = {"step": step, **ode, "t_end": float(t_end)}
     discrete = dataset.num_levels is not None
     dequantized = ", uniform dequantization" if discrete else ""
-    lines = [("held-out bits/dim", f"{ode['bits_per_dim']:.3f} +- {ode['stderr']:.3f}",
+    error = "" if ode["stderr"] is None else f" +- {ode['stderr']:.3f}"
+    lines = [("held-out bits/dim", f"{ode['bits_per_dim']:.3f}{error}",
               f"ODE likelihood to t = {t_end:g}{dequantized}, {ode['num']:,}{of} examples")]  # fmt: skip
-    if config.eval.gaussian_mixture and discrete:
-        bits, k = gaussian_mixture_bits_per_dim(dataset, scaler)
+    # A component needs more examples than dimensions.
+    components = [k for k in (5, 10, 20) if k * math.prod(dataset.event_shape) <= len(dataset.train)]
+    if config.eval.gaussian_mixture and discrete and components:
+        bits, k = gaussian_mixture_bits_per_dim(dataset, scaler, components)
         out |= {"gaussian_mixture_bits_per_dim": bits, "gaussian_mixture_components": k}
         lines.append(("  best Gaussian mixture", f"{bits:.3f}", f"{k} full-covariance components, same split"))
     if dataset.name == "gaussian_mixture_2d":
@@ -218,15 +214,22 @@ def quality(samples: np.ndarray, dataset: data.Dataset, scaler: data.Scaler, mos
     }
 
 
-def _sampler_name(config) -> str:
+def _sampler_name(config, separator=" ") -> str:
+    """The sampler and its options, as far as they are not the usual ones."""
     c = config.sample
-    return f"{c.sampler} {c.method}, {c.num_steps} steps"
+    parts = [c.sampler, c.method or configs.SAMPLERS[c.sampler][2], f"{c.num_steps}{separator}steps"]
+    parts += [c.grid] if c.grid else []
+    parts += [f"t_end{separator}{c.t_end:g}"] if c.t_end is not None else []
+    parts += [f"noise{separator}{c.noise_level:g}"] if c.sampler == "sde" and c.noise_level != 1 else []
+    parts += [c.corrector, f"snr{separator}{c.snr:g}", f"x{c.corrector_steps}"] if c.sampler == "pc" else []
+    parts += [] if c.denoise else ["noisy"]
+    return separator.join(parts)
+
 
 
 def write_samples(config: ConfigDict, workdir: Path, samples: np.ndarray, step: int, dataset, scaler) -> Path:
     """Writes samples to `workdir/samples/NAME.npz` and a picture beside it; the name tells step, sampler and seed."""
-    c = config.sample
-    stem = workdir / "samples" / f"step{step}_{c.sampler}_{c.method}_{c.num_steps}_seed{c.seed}"
+    stem = workdir / "samples" / f"step{step}_{_sampler_name(config, '_')}_seed{config.sample.seed}_{len(samples)}"
     stem.parent.mkdir(parents=True, exist_ok=True)
     images = dataset.num_levels is not None
     np.savez_compressed(f"{stem}.npz", samples=np.asarray(scaler.to_uint8(samples)) if images else samples)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from sde_diffusion.losses import terminal_log_snr
-from sde_diffusion.prediction import as_pytree, lookup, score
+from sde_diffusion.prediction import as_pytree, check_process, lookup, score
 from sde_diffusion.samplers.grid import check_t_end
 from sde_diffusion.sde import SDE, check, derivative
 
@@ -50,9 +50,11 @@ def log_likelihood(
     if trace not in ("hutchinson", "exact"):
         raise ValueError(f"unknown trace {trace!r}; choose 'hutchinson' or 'exact'")
     lookup(PROBES, probe, "probe")
-    check(num_probes >= 1, f"num_probes={num_probes} must be at least 1")
+    check(isinstance(num_probes, int) and num_probes >= 1, f"num_probes={num_probes} must be an integer of at least 1")
+    check(rtol > 0 and atol > 0, f"rtol={rtol} and atol={atol} must be positive; 1e-4 is usual")
     if trace == "hutchinson" and key is None:
         raise ValueError("trace='hutchinson' draws probes and needs a key; pass one, or trace='exact'")
+    check_process(score_fn, sde)
     t_end = check_t_end(sde, t_end)
     key = jax.random.key(0) if key is None else key
     dtype = jnp.promote_types(x.dtype, jnp.float32)
@@ -69,16 +71,16 @@ def _solve(score_fn, sde, key, x, t_end, rtol, atol, *, trace, probe, num_probes
 
     event = x.shape[1:]
     num_dims = x[0].size
-    log_snr_start = sde.log_snr(t_end)
-    log_snr_stop = terminal_log_snr(sde, t_end.dtype)
+    log_snr_start = sde.log_snr(t_end).astype(x.dtype)
+    log_snr_stop = terminal_log_snr(sde, t_end.dtype).astype(x.dtype)
 
     def solve(x, probes):
         def rate(log_snr, state, _):
             """d/dlambda of x and of the log-density per dimension."""
             x, _ = state
             t = sde.time(log_snr)
-            shrink = derivative(sde.log_alpha, t) / sde.log_snr_rate(t)
-            half_variance = 0.5 * sde.sigma(t) ** 2
+            shrink = (derivative(sde.log_alpha, t) / sde.log_snr_rate(t)).astype(x.dtype)
+            half_variance = (0.5 * sde.sigma(t) ** 2).astype(x.dtype)
             # One evaluation gives the value and, by its pullback, all Jacobian products.
             value, pullback = jax.vjp(lambda x: score(score_fn, x[None], t)[0], x)
             products = jax.lax.map(lambda v: jnp.vdot(v, pullback(v)[0]), probes, batch_size=min(len(probes), 256))

@@ -4,22 +4,27 @@ All of them are denoising score matching (Vincent 2011) and differ in the weight
 (arXiv:2011.13456 eq. 7; arXiv:2107.00630 eq. 17; arXiv:2303.00848).
 """
 
+import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray
+import numpy as np
+from jaxtyping import Array, Float, Num, PRNGKeyArray
 
 from sde_diffusion.prediction import lookup, score
-from sde_diffusion.sde import SDE, expand
+from sde_diffusion.sde import SDE, check, expand, known
+
+Levels = Num[Array, "..."] | Num[np.ndarray, "..."]
 
 # w(lambda) of 1/2 E[w(lambda) (-dlambda/dt) |eps - eps_hat|^2]. Only the shape matters for training.
 LOG_SNR_WEIGHTS: dict[str, Callable] = {
     "elbo": jnp.ones_like,
     # EDM's loss and its noise levels log sigma ~ N(-1.2, 1.2^2), for data of standard deviation 1/2
     # (arXiv:2206.00364 table 1, in the form of arXiv:2303.00848 appendix D.1).
+    # N(lambda; 2.4, 2.4^2) (1 + 4 e^-lambda), as the two normal densities that it is: finite at lambda = -inf.
     "edm": lambda log_snr: (
-        jax.scipy.stats.norm.pdf(log_snr, 2.4, 2.4) * (jnp.exp(-log_snr) + 0.25) / 0.25
+        jax.scipy.stats.norm.pdf(log_snr, 2.4, 2.4) + 4 * math.exp(0.48) * jax.scipy.stats.norm.pdf(log_snr, -3.36, 2.4)
     ),
     # arXiv:2303.00848 section 4: emphasises the noisier levels, monotone.
     "sigmoid": lambda log_snr: jax.nn.sigmoid(2.0 - log_snr),
@@ -35,15 +40,15 @@ TIME_WEIGHTS: dict[str, Callable] = {
 
 
 def sample_times(
-    key: PRNGKeyArray, n: int, sde: SDE, times: str | Float[Array, " levels"] = "uniform", dtype=float
+    key: PRNGKeyArray, n: int, sde: SDE, times: str | Levels = "uniform", dtype=float
 ) -> tuple[Float[Array, " n"], Float[Array, " n"]]:
     """n low-discrepancy times and their importance weights (arXiv:2107.00630 appendix I.1).
 
     One uniform offset is shared by the batch, u_i = (u_0 + i / n) mod 1, so each u_i is uniform and the batch stratified.
 
     Args:
-      times: "uniform" in [t_train, t_max]; "log_snr": uniform in lambda between the same ends, the smallest variance
-        for the ELBO of nearly uniform errors; or an array of discrete levels, drawn uniformly.
+      times: "uniform" in [t_train, t_max]; "log_snr": uniform in lambda between the same ends (down to lambda = -20 at
+        the least), the smallest variance for the ELBO of nearly uniform errors; or an array of discrete levels.
 
     Returns:
       t `(n,)` and weight `(n,)`, so that E[weight h(t)] is the integral of h over [t_train, t_max] (for levels: the
@@ -51,6 +56,7 @@ def sample_times(
     """
     u = (jax.random.uniform(key, (), dtype) + jnp.arange(n, dtype=dtype) / n) % 1.0
     if not isinstance(times, str):
+        _check_levels(sde, times)
         levels = jnp.asarray(times, dtype)
         index = jnp.minimum((u * levels.shape[0]).astype(int), levels.shape[0] - 1)
         return levels[index], jnp.ones_like(u)
@@ -62,6 +68,17 @@ def sample_times(
         t = jnp.clip(sde.time(low + (high - low) * u), t0, t1)
         return t, (high - low) / -sde.log_snr_rate(t)
     raise ValueError(f"unknown times {times!r}; choose 'uniform', 'log_snr' or an array of levels")
+
+
+def _check_levels(sde, times):
+    check(np.ndim(times) == 1 and len(times), f"times has shape {np.shape(times)}; pass a 1-D array of levels, or a name")
+    if known(times, sde.t_train, sde.t_max):
+        low, high = float(np.min(times)), float(np.max(times))
+        check(
+            sde.t_train * (1 - 1e-6) <= low and high <= sde.t_max * (1 + 1e-6),
+            f"times run from {low:g} to {high:g}, outside the range [{sde.t_train:g}, {sde.t_max:g}] of {type(sde).__name__}; "
+            "pass times t, as sde.levels, not the numbers of levels",
+        )
 
 
 def terminal_log_snr(sde: SDE, dtype=float) -> Float[Array, ""]:
@@ -95,7 +112,7 @@ def dsm_loss(
     x0: Float[Array, "b ..."],
     *,
     weighting: str | Callable = "sigma2",
-    times: str | Float[Array, " levels"] = "uniform",
+    times: str | Levels = "uniform",
     return_times: bool = False,
 ):
     """Denoising score matching, E_t[w(t) |score(x_t, t) + eps / sigma|^2] (arXiv:2011.13456 eq. 7).
@@ -133,7 +150,7 @@ def weighted_loss(
     x0: Float[Array, "b ..."],
     *,
     weight: str | Callable = "elbo",
-    times: str | Float[Array, " levels"] = "uniform",
+    times: str | Levels = "uniform",
     return_times: bool = False,
 ):
     """1/2 of the integral over t of w(lambda) (-dlambda/dt) E|eps - eps_hat|^2 (arXiv:2303.00848 eq. 2).

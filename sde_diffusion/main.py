@@ -1,6 +1,7 @@
 """The entry point: python -m sde_diffusion.main --config=configs/vp_digits.py --workdir=DIR --mode=train|eval|sample."""
 
 import os
+import runpy
 import sys
 from pathlib import Path
 
@@ -8,7 +9,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 _HERE = Path(__file__).resolve().parent
-_DEFAULT = next((p for p in (_HERE.parent / "configs", _HERE / "configs") if p.is_dir()), _HERE) / "vp_digits.py"
+_CONFIGS = next((p for p in (_HERE.parent / "configs", _HERE / "configs") if p.is_dir()), _HERE)
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Config file. [default: the workdir's own config, else the embedded digits]"
@@ -24,44 +25,80 @@ def _fail(error) -> None:
 
 def _with_config(argv: list[str]) -> list[str]:
     """argv with --config first, as its overrides need it: the one it names, or the workdir's, or the default."""
-    values = {}
-    for i, word in enumerate(argv[1:], 1):
+    values, rest = {}, []
+    words = iter(argv[1:])
+    for word in words:
         name, equals, value = word.lstrip("-").partition("=")
-        if name == "config":
-            end = i + (1 if equals else 2)
-            return [argv[0], *argv[i:end], *argv[1:i], *argv[end:]]
-        values[name] = value if equals else "".join(argv[i + 1 : i + 2])
-    saved = Path(values.get("workdir") or os.devnull).expanduser().absolute() / "config.json"
-    config = f"{_HERE / 'saved_config.py'}:{saved}" if saved.is_file() else str(_DEFAULT)
-    return [argv[0], f"--config={config}", *argv[1:]]
+        if not equals and name in ("config", "workdir"):
+            value = next(words, "")
+            word = f"--{name}={value}"
+        values[name] = value
+        rest += [word] if name != "config" else []
+    if values.get("config"):
+        return [argv[0], f"--config={_config_path(values['config'])}", *rest]
+    run = Path(values.get("workdir") or os.devnull).expanduser().absolute()
+    started = (run / "config.json").is_file() and any(run.glob("checkpoints/step_*"))
+    config = f"{_HERE / 'saved_config.py'}:{run / 'config.json'}" if started else _CONFIGS / "vp_digits.py"
+    return [argv[0], f"--config={config}", *rest]
+
+
+def _config_path(name: str) -> str:
+    """The file that --config names: a path, or the bare name of one of the library's own configs."""
+    path = Path(name.partition(":")[0]).expanduser()
+    own = _CONFIGS / f"{path.stem}.py"
+    if path.is_file():
+        return name
+    if str(path.parent) in (".", "configs") and own.is_file():
+        return str(own)
+    known = ", ".join(sorted(p.stem for p in _CONFIGS.glob("*.py") if not p.stem.startswith("_")))
+    _fail(f"--config={name} does not exist; name a file, or one of the library's own: {known}")
 
 
 def _unknown_key(message: str, argv: list[str]) -> str:
     """What to say of an override of a key that the config does not have."""
-    from sde_diffusion.config import experiment
-
-    known = experiment()
-    for word in argv[1:]:
-        name, *path = word.lstrip("-").partition("=")[0].split(".")
-        if name == "config" and any(part in message for part in path):
-            section = known.get(path[0])
-            choices = f"{path[0]} has {', '.join(sorted(section))}" if section else f"its sections are {', '.join(known)}"
-            return f"unknown config key '{'.'.join(path)}'; {choices}"
+    path, *argument = argv[1].partition("=")[2].split(":", 1)
+    try:
+        known = runpy.run_path(path)["get_config"](*argument)
+    except Exception:  # the file itself is wrong, and the message is about that
+        known = {}
+    for word in argv[2:]:
+        name, *keys = word.lstrip("-").partition("=")[0].split(".")
+        if known and name == "config" and any(key in message for key in keys):
+            section = known.get(keys[0])
+            choices = f"{keys[0]} has {', '.join(sorted(section))}" if section else f"its sections are {', '.join(known)}"
+            return f"unknown config key '{'.'.join(keys)}'; {choices}"
     return " ".join(message.split())
+
+
+def _wrong_value(message: str, argv: list[str]) -> str:
+    """A parser's message, after the flag that it is about where that can be told."""
+    blamed = [w for w in argv[2:] if w.partition("=")[2] and w.partition("=")[2] in message]
+    flag = f"{blamed[0]}: " if blamed and blamed[0].partition("=")[0] not in message else ""
+    return " ".join((flag + message).split())
 
 
 def _parse(argv):
     """absl's parser; a wrong flag or config value becomes one line."""
+    argv = _with_config(argv)
     try:
-        rest = flags.FLAGS(_with_config(argv))
+        rest = flags.FLAGS(argv)
         _ = _CONFIG.value  # the file is read now, not at its first use
     except (AttributeError, KeyError) as error:
         _fail(_unknown_key(str(error), argv))
     except (flags.Error, TypeError, ValueError, OSError, ImportError, SyntaxError) as error:
-        _fail(" ".join(str(error).split()))
+        _fail(_wrong_value(str(error), argv))
     if len(rest) > 1:
         _fail(f"unexpected argument {rest[1]!r}; values are set as --config.section.key=value")
     return rest
+
+
+def _check_writable(workdir: Path) -> None:
+    """Raises OSError unless files can be written in the folder, which need not exist yet."""
+    there = next(p for p in (workdir, *workdir.parents) if p.exists())
+    if not there.is_dir():
+        raise NotADirectoryError(f"{there} is a file; name a folder for --workdir")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise PermissionError(f"{there} cannot be written to; name another --workdir")
 
 
 def main(_):
@@ -77,7 +114,8 @@ def main(_):
 
     # A U-Net compiles for longer than a short run takes. The environment variable of the same name goes first.
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "sde_diffusion" / "jax"))
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(cache / "sde_diffusion" / "jax"))
 
     from sde_diffusion import config as configs
     from sde_diffusion import data, evaluate, train
@@ -86,6 +124,9 @@ def main(_):
     try:
         config = _CONFIG.value
         configs.validate(config)
+        _check_writable(workdir)
+        if Path(config.data.name).expanduser().exists() and any(c in config.data.name for c in (os.sep, ".npz")):
+            config.data.name = str(Path(config.data.name).expanduser().absolute())  # a run goes on from any folder
         with Checkpoints(workdir, read_only=True) as checkpoints:
             step = checkpoints.latest_step()
         if _MODE.value != "train" and step is None:
@@ -103,24 +144,30 @@ def main(_):
     except (AttributeError, KeyError, ValueError, TypeError, OSError, ImportError) as error:
         _fail(" ".join(str(error).split()))
 
-    if _MODE.value == "train":
-        workdir.mkdir(parents=True, exist_ok=True)
-        if jax.process_index() == 0:
-            temporary = workdir / "config.json.tmp"
-            temporary.write_text(configs.to_json(config))
-            temporary.replace(saved)
-        state = train.train(config, workdir, dataset)
-        step, params = int(state.step), state.ema
-    else:
-        with Checkpoints(workdir, read_only=True) as checkpoints:
-            params = checkpoints.restore(abstract, step).ema
+    try:
+        if _MODE.value == "train":
+            workdir.mkdir(parents=True, exist_ok=True)
+            if jax.process_index() == 0:
+                temporary = workdir / "config.json.tmp"
+                temporary.write_text(configs.to_json(config))
+                temporary.replace(saved)
+            state = train.train(config, workdir, dataset)
+            step, params = int(state.step), state.ema
+        else:
+            with Checkpoints(workdir, read_only=True) as checkpoints:
+                params = checkpoints.restore(abstract, step).ema
 
-    if _MODE.value == "sample":
-        samples = evaluate.make_sampler(config, mesh, dataset.event_shape)(params, config.sample.num, config.sample.seed)
-        if jax.process_index() == 0:
-            evaluate.write_samples(config, workdir, samples, step, dataset, scaler)
-    else:
-        evaluate.evaluate(config, workdir, params, step, dataset, mesh, scaler)
+        if _MODE.value == "sample":
+            samples = evaluate.make_sampler(config, mesh, dataset.event_shape)(params, config.sample.num, config.sample.seed)
+            if jax.process_index() == 0:
+                evaluate.write_samples(config, workdir, samples, step, dataset, scaler)
+        else:
+            evaluate.evaluate(config, workdir, params, step, dataset, mesh, scaler)
+    except (FloatingPointError, OSError) as error:
+        _fail(" ".join(str(error).split()))
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":

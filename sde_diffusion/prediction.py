@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from sde_diffusion.sde import SDE, Number, expand, pytree_dataclass
+from sde_diffusion.sde import SDE, Number, check, expand, known, pytree_dataclass
 
 # Each maps x, the network's output F and the per-example alpha, sigma to (x0, eps).
 PREDICTIONS: dict[str, Callable] = {
@@ -42,7 +42,7 @@ NOISE_LABELS: dict[str, Callable] = {
 
 def lookup(table: dict, name: Any, kind: str):
     """`table[name]`, or a ValueError that lists the known names."""
-    if name not in table:
+    if not isinstance(name, str) or name not in table:
         raise ValueError(f"unknown {kind} {name!r}; choose one of {', '.join(sorted(table))}")
     return table[name]
 
@@ -66,6 +66,8 @@ class NetworkScore:
         if self.prediction == "edm":
             scale = 1 / jnp.sqrt(sigma**2 + (alpha * self.sigma_data) ** 2)
         output = self.network(scale * x, NOISE_LABELS[self.noise_label](self.sde, t))
+        if not hasattr(output, "shape"):
+            raise ValueError(f"the network returned a {type(output).__name__}; return one array of shape {x.shape}")
         if output.shape != x.shape:
             raise ValueError(f"the network returned shape {output.shape} for x of shape {x.shape}; they must be equal")
         # alpha and sigma stay in x's precision, whatever the network computes in.
@@ -92,7 +94,7 @@ def as_score(
       prediction: what the network predicts: "eps", "x0", "v" = alpha eps - sigma x0 (arXiv:2202.00512), "score", or
         "edm": EDM's preconditioning (arXiv:2206.00364 table 1) for any process, input scaling included.
       noise_label: "t", "log_sigma", "log_snr" or "edm" (1/4 log(sigma/alpha)); by default "edm" with EDM, else "t".
-      sigma_data: standard deviation of the data, used by "edm" alone.
+      sigma_data: standard deviation of the data: of "edm", and of the samplers' default method and grid.
 
     Raises:
       ValueError: unknown name; eps- or score-prediction for an SDE with zero terminal SNR, which leaves x0 undefined.
@@ -100,6 +102,7 @@ def as_score(
     lookup(PREDICTIONS, prediction, "prediction")
     noise_label = noise_label or ("edm" if prediction == "edm" else "t")
     lookup(NOISE_LABELS, noise_label, "noise_label")
+    check(sigma_data > 0, f"sigma_data={sigma_data} must be positive: the standard deviation of the data")
     if prediction in ("eps", "score") and zero_terminal_snr(sde):
         raise ValueError(
             f"prediction={prediction!r} cannot start from zero terminal SNR (alpha({sde.t_max}) = 0): "
@@ -131,13 +134,29 @@ def zero_terminal_snr(sde: SDE) -> bool:
         return not isinstance(log_snr, jax.core.Tracer) and bool(log_snr == -jnp.inf)
 
 
+def check_process(score_fn, sde: SDE) -> None:
+    """Raises ValueError where a score function knows its own process (`score_fn.sde`) and it is another than `sde`."""
+    other = getattr(score_fn, "sde", None)
+    if isinstance(other, SDE) and known(*jax.tree.leaves((other, sde))):
+        with jax.ensure_compile_time_eval():
+            t = jnp.linspace(0.1, 0.9, 5) * min(float(sde.t_max), float(other.t_max))
+            same = all(jnp.allclose(f(t), g(t), rtol=1e-4, atol=1e-4) for f, g in
+                       ((sde.log_snr, other.log_snr), (sde.log_alpha, other.log_alpha)))  # fmt: skip
+        check(same, f"score_fn is the score of {other}, but sde={sde} was passed; pass the process it was made for")
+
+
+def _times(t, x):
+    """t `(B,)` in x's precision, but at least float32."""
+    return jnp.broadcast_to(jnp.asarray(t, jnp.promote_types(x.dtype, jnp.float32)), x.shape[:1])
+
+
 def score(score_fn, x: Float[Array, "b ..."], t: Float[Array, "..."]) -> Float[Array, "b ..."]:
     """score_fn at a time shared by the batch (scalar t) or per example `(B,)`.
 
     Raises:
       ValueError: while tracing, so before any compilation, unless the result has x's shape and dtype.
     """
-    t = jnp.broadcast_to(t, x.shape[:1])
+    t = _times(t, x)
     out = score_fn(x, t)
     if not hasattr(out, "shape"):
         raise ValueError(f"score_fn returned a {type(out).__name__}; return one array of shape {x.shape}")
@@ -158,7 +177,7 @@ def predict(
 
     A score function with its own method `predict(x, t)` (see `as_score`) answers directly, without the division.
     """
-    t = jnp.broadcast_to(t, x.shape[:1])
+    t = _times(t, x)
     if hasattr(score_fn, "predict"):
         return score_fn.predict(x, t)
     alpha, sigma = expand(sde.alpha(t), x), expand(sde.sigma(t), x)

@@ -11,10 +11,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, Num, PRNGKeyArray
 
 # A scalar, or an array of any shape.
-Times = Float[Array, "*b"] | Float[np.ndarray, "*b"] | float
+Times = Num[Array, "*b"] | Num[np.ndarray, "*b"] | float | int
 
 # A float; under a JAX transformation, whatever leaf JAX puts in its place.
 Number = Any
@@ -26,8 +26,11 @@ def pytree_dataclass(cls):
 
 
 def expand(coefficient: Times, x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Appends axes to a per-example coefficient `(B,)` until it broadcasts against x `(B, *event)`; leaves scalars."""
-    coefficient = jnp.asarray(coefficient)
+    """Appends axes to a per-example coefficient `(B,)` until it broadcasts against x `(B, *event)`; leaves scalars.
+
+    In x's precision, but at least float32: alpha and sigma round to 1 and 0 in less.
+    """
+    coefficient = jnp.asarray(coefficient, jnp.promote_types(x.dtype, jnp.float32))
     if coefficient.ndim == 0:
         return coefficient
     return coefficient.reshape(coefficient.shape + (1,) * (x.ndim - coefficient.ndim))
@@ -35,7 +38,17 @@ def expand(coefficient: Times, x: Float[Array, "..."]) -> Float[Array, "..."]:
 
 def derivative(fn, t):
     """d fn / dt of an elementwise function, by forward-mode autodiff."""
+    t = jnp.asarray(t)
+    t = t if jnp.issubdtype(t.dtype, jnp.floating) else t.astype(float)
     return jax.jvp(fn, (t,), (jnp.ones_like(t),))[1]
+
+
+def known(*values) -> bool:
+    """Whether all values are plain numbers: not traced, and no placeholders that JAX puts into a pytree."""
+    return all(
+        isinstance(v, (int, float, np.number)) or isinstance(v, (jax.Array, np.ndarray)) and not isinstance(v, jax.core.Tracer)
+        for v in values
+    )
 
 
 def check(condition, message: str):
@@ -57,7 +70,7 @@ class SDE:
     t_train: Number
 
     def __post_init__(self):
-        if all(isinstance(v, (int, float)) for v in (self.t_min, self.t_max, self.t_train)):
+        if known(self.t_min, self.t_max, self.t_train):
             check(
                 0 < self.t_train <= self.t_min < self.t_max,
                 f"{type(self).__name__} needs 0 < t_train <= t_min < t_max, got t_train={self.t_train}, "
@@ -157,7 +170,7 @@ class _LinearBeta(_UnitPrior, SDE):
 
     def __post_init__(self):
         super().__post_init__()
-        if isinstance(self.beta_min, (int, float)) and isinstance(self.beta_max, (int, float)):
+        if known(self.beta_min, self.beta_max):
             check(
                 0 <= self.beta_min < self.beta_max,
                 f"{type(self).__name__} needs 0 <= beta_min < beta_max, got beta_min={self.beta_min}, "
@@ -220,7 +233,7 @@ class VE(SDE):
         self._check_sigmas()
 
     def _check_sigmas(self):
-        if isinstance(self.sigma_min, (int, float)) and isinstance(self.sigma_max, (int, float)):
+        if known(self.sigma_min, self.sigma_max):
             check(
                 0 < self.sigma_min < self.sigma_max,
                 f"{type(self).__name__} needs 0 < sigma_min < sigma_max, got sigma_min={self.sigma_min}, "
@@ -247,6 +260,11 @@ class CosineVP(_UnitPrior, SDE):
     t_min: Number = 1e-3
     t_max: Number = 0.999
     t_train: Number = 1e-5
+
+    def __post_init__(self):
+        super().__post_init__()
+        if known(self.t_max):
+            check(self.t_max <= 1, f"CosineVP needs t_max <= 1, got t_max={self.t_max}: alpha(1) = 0 already")
 
     def log_alpha(self, t: Times) -> Float[Array, "*b"]:
         """log sin(pi (1 - t) / 2): exactly -inf at t = 1, where cos(pi t / 2) would round to a negative number."""

@@ -35,3 +35,9 @@ def check_batch_size(mesh: Mesh, batch_size: int, name: str) -> None:
     """Raises ValueError unless the global batch divides over the devices."""
     n = mesh.devices.size
     check(batch_size % n == 0, f"{name}={batch_size} does not divide over {n} devices; use a multiple of {n}")
+
+
+def round_up(mesh: Mesh, batch_size: int) -> int:
+    """The smallest multiple of the number of devices that is not below batch_size."""
+    n = mesh.devices.size
+    return -(-batch_size // n) * n

@@ -62,7 +62,8 @@ def init_state(config: ConfigDict, event_shape: tuple[int, ...]) -> TrainState:
     x, c = jnp.zeros((1, *event_shape)), jnp.zeros((1,))
     key = jax.random.fold_in(jax.random.key(config.seed), 2**31 - 1)
     params = configs.build_model(config).init(key, x, c)["params"]
-    ema = jax.tree.map(jnp.copy, params)
+    # At least float32, whatever the parameters are: 0.9999 is 1 in bfloat16.
+    ema = jax.tree.map(lambda p: jnp.array(p, jnp.promote_types(p.dtype, jnp.float32)), params)
     zero = jnp.zeros((), jnp.int32)
     return TrainState(zero, params, ema, make_optimizer(config).init(params), jnp.copy(zero))
 
@@ -101,7 +102,7 @@ def make_update(config: ConfigDict, scaler: data.Scaler):
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         decay = jnp.minimum(config.optim.ema_decay, (1 + state.step) / (10 + state.step))
-        ema = jax.tree.map(lambda e, p: e + (1 - decay).astype(e.dtype) * (p - e), state.ema, params)
+        ema = jax.tree.map(lambda e, p: e + (1 - decay).astype(e.dtype) * (p.astype(e.dtype) - e), state.ema, params)
 
         # A non-finite loss is an event: the update is skipped and counted.
         good = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
@@ -146,11 +147,10 @@ def prepare(config: ConfigDict, dataset: data.Dataset):
     """What a run needs before its first compilation, checked: mesh, scaler, and the state's shapes on the mesh.
 
     Raises:
-      ValueError: batch sizes that do not divide over the devices, images that do not fit the network, labels missing.
+      ValueError: a training batch that does not divide over the devices, images that do not fit the network, labels missing.
     """
     mesh = sharding.make_mesh()
-    for key in ("train", "sample", "eval"):
-        sharding.check_batch_size(mesh, config[key].batch_size, f"{key}.batch_size")
+    sharding.check_batch_size(mesh, config.train.batch_size, "train.batch_size")
     check(
         len(dataset.event_shape) == 3 or not config.data.flip,
         f"data.flip=True needs images, but an example of {dataset.name} has shape {dataset.event_shape}",
@@ -196,7 +196,9 @@ def train(config: ConfigDict, workdir: Path, dataset: data.Dataset) -> TrainStat
             f"steps {start:,} to {c.num_steps:,}",
             flush=True,
         )
-        if start >= c.num_steps:
+        if start < c.num_steps:
+            print("compiling the first step; a U-Net takes about a minute, once ...", flush=True)
+        else:
             print(f"already trained to step {start:,}; raise --config.train.num_steps to go on")
             return state
 
@@ -266,6 +268,6 @@ def _log(config, metrics, bar, step, totals, clock, state):
         if bad >= config.train.max_bad_steps:
             raise FloatingPointError(
                 f"the loss was not finite in {bad} updates in a row up to step {step}: lower optim.lr, or look at the "
-                "loss_by_log_snr of the last good lines in metrics.jsonl; the last checkpoint is intact"
+                "loss_by_log_snr of the last good lines in metrics.jsonl; checkpoints from before are intact"
             )
     return step, now

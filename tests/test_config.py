@@ -64,6 +64,10 @@ BAD = [
     (("optim", "lr", 0.0), ["optim.lr=0.0", "positive"]),
     (("optim", "ema_decay", 1.0), ["optim.ema_decay=1.0", "[0, 1)"]),
     (("sde", "beta_max", 0.01), ["beta_max=0.01", "beta_min"]),
+    (("model", "multipliers", (1, 0.5)), ["model.multipliers=(1, 0.5)", "(1, 2, 2)"]),
+    (("model", "multipliers", (1, 0)), ["model.multipliers=(1, 0)", "positive"]),
+    (("model", "dropout", 2.0), ["model.dropout=2.0", "[0, 1)"]),
+    (("eval", "seed", -1), ["eval.seed=-1", "from 0"]),
 ]
 
 
@@ -106,3 +110,23 @@ def test_builders_follow_the_config():
     config.sample.num_steps = 3
     x = configs.build_sampler(config)(score_fn, jax.random.key(1), (5, 2))
     assert x.shape == (5, 2)
+
+
+def test_a_sampler_that_cannot_start_is_refused_before_training():
+    zero_snr = dict(sde=dict(name="cosine", t_max=1.0), prediction=dict(kind="v"))
+    configs.validate(experiment(**zero_snr))
+    for sample, words in (
+        (dict(sampler="sde", method="euler_maruyama"), ["'euler_maruyama'", "zero terminal SNR", "'ancestral'"]),
+        (dict(method="dpmpp_3m", num_steps=2), ["'dpmpp_3m'", "at least 3 steps, got 2"]),
+    ):
+        with pytest.raises(ValueError) as error:
+            configs.validate(experiment(**zero_snr, sample=sample))
+        assert all(word in str(error.value) for word in words)
+
+
+def test_a_saved_config_takes_overrides_like_a_fresh_one(tmp_path):
+    """JSON has no tuples: they come back as tuples all the same."""
+    (tmp_path / "config.json").write_text(configs.to_json(experiment(model=dict(multipliers=(1, 2, 2)))))
+    config = configs.load(tmp_path / "config.json")
+    config.model.multipliers = (1, 1)
+    assert config.model.multipliers == (1, 1) and config.model.attention == ()

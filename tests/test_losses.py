@@ -294,3 +294,23 @@ def test_bad_input_is_refused_while_tracing(call, words):
             lambda: call(lambda x, t: -x, SDES["vp"], jax.random.key(0), jnp.zeros((2, 3)))
         )
     assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("times", "words"),
+    [(np.arange(1000.0), "0 to 999, outside the range .*sde.levels"), (np.ones((2, 2)), r"\(2, 2\).*1-D"), (np.ones(0), "1-D")],
+)
+def test_levels_outside_the_process_are_refused(times, words):
+    """The usual slip: numbers of levels in place of times."""
+    for loss in (sd.dsm_loss, sd.weighted_loss):
+        with pytest.raises(ValueError, match=words):
+            loss(lambda x, t: -x, sd.DDPM(), jax.random.key(0), jnp.ones((4, 3)), times=times)
+
+
+def test_the_edm_weight_is_finite_at_zero_snr():
+    weight = LOG_SNR_WEIGHTS["edm"]
+    # N(lambda; 2.4, 2.4^2) (e^-lambda + 1/4) / (1/4), written out at two noise levels.
+    for log_snr in (-3.0, 1.0):
+        normal = np.exp(-0.5 * ((log_snr - 2.4) / 2.4) ** 2) / (2.4 * np.sqrt(2 * np.pi))
+        np.testing.assert_allclose(weight(jnp.asarray(log_snr)), normal * (4 * np.exp(-log_snr) + 1), rtol=1e-5)
+    assert weight(jnp.asarray(-jnp.inf)) == 0

@@ -67,9 +67,9 @@ def test_a_run_leaves_config_checkpoints_metrics_and_pictures(workdir):
 
 def test_sample_and_eval_find_the_config_in_the_workdir(workdir):
     done = run(f"--workdir={workdir}", "--mode=sample", "--config.sample.num=5", "--config.sample.seed=3",
-               "--config.sample.sampler=pc", "--config.sample.method=reverse_diffusion")  # fmt: skip
+               "--config.sample.sampler=pc", "--config.model.multipliers=(1,1)")  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    file = workdir / "samples" / "step6_pc_reverse_diffusion_2_seed3.npz"
+    file = workdir / "samples" / "step6_pc_reverse_diffusion_2_steps_langevin_snr_0.16_x1_seed3_5.npz"
     samples = np.load(file)["samples"]
     assert samples.shape == (5, 8, 8, 1) and samples.dtype == np.uint8
     assert file.with_suffix(".png").exists()
@@ -89,8 +89,12 @@ BAD = [
     (["--config.sample.num_steps=0"], ["num_steps=0", "at least 1"]),
     (["--config.optim.lr=0.5"], ["another config", "optim.lr: 0.001 -> 0.5"]),
     (["--config.optim.lr=fast"], ["fast"]),
+    (["--config.optim.warmup_steps=many"], ["--config.optim.warmup_steps=many", "int"]),
+    (["--config.model.channels=0"], ["model.channels=0", "at least 1"]),
+    (["--config.seed=-1"], ["seed=-1", "from 0"]),
     (["--mode=trian"], ["trian", "train"]),
-    (["--config=nowhere.py"], ["nowhere.py"]),
+    (["--config=nowhere.py"], ["nowhere.py", "vp_digits", "ve_cifar"]),
+    (["--config=gaussian_mixture_2d", "--config.model.attention=1"], ["model.attention", "width"]),
 ]
 
 
@@ -104,6 +108,14 @@ def test_a_wrong_flag_is_one_line_and_touches_nothing(workdir, arguments, words)
     for word in words:
         assert word in lines[0]
     assert contents(workdir) == before
+
+
+def test_a_file_for_a_workdir_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file", tmp_path / "file" / "below"):
+        done = run(f"--workdir={path}", *TINY)
+        assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith(f"error: {tmp_path / 'file'} is a file")
+    assert (tmp_path / "file").read_text() == ""
 
 
 def test_missing_workdir_and_missing_checkpoint_are_named(tmp_path):

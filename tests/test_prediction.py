@@ -224,3 +224,27 @@ def test_the_oracle_answers_like_any_score_function():
     through_hub = predict(lambda x, t: exact(x, t), sde, x, t)
     for got, expected in zip(predict(exact, sde, x, t), through_hub):
         np.testing.assert_allclose(got, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_the_score_of_another_process_is_refused():
+    score_fn = sd.as_score(lambda x, c: x, sd.VP(), prediction="v")
+    for call in (
+        lambda sde: sd.sample_ode(score_fn, sde, jax.random.key(0), (2, 3), num_steps=2),
+        lambda sde: sd.log_likelihood(score_fn, sde, jax.random.key(0), jnp.zeros((2, 3)), rtol=0.1, atol=0.1),
+    ):
+        for other in (sd.VE(), sd.VP(beta_max=10.0)):
+            with pytest.raises(ValueError, match="the score of VP.*pass the process it was made for"):
+                call(other)
+        # Where sampling stops is no part of the process.
+        assert np.isfinite(call(sd.VP(t_min=0.01))).all()
+
+
+@pytest.mark.parametrize("sde", [sd.VP(), sd.VE(), sd.DDPM()], ids=lambda s: type(s).__name__)
+def test_float32_states_pass_through_under_x64(sde, x64):
+    """The grid and the schedule are float64 then; the network is not asked to be."""
+    score_fn = sd.as_score(lambda x, c: (0.5 * x).astype(jnp.float32), sde, prediction="eps")
+    init = jnp.ones((3, 2), jnp.float32)
+    for function in (sd.sample_ode, sd.sample_sde, sd.sample_pc):
+        assert function(score_fn, sde, jax.random.key(0), (3, 2), init=init, num_steps=4).dtype == jnp.float32
+    assert sd.log_likelihood(score_fn, sde, jax.random.key(0), init, rtol=0.1, atol=0.1).dtype == jnp.float32
+    assert sd.dsm_loss(score_fn, sde, jax.random.key(0), init).dtype == jnp.float32

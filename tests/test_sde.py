@@ -218,3 +218,20 @@ def test_bad_ranges_are_refused(make, words):
     with pytest.raises(ValueError) as error:
         make()
     assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("number", [float, np.float32, jnp.float32], ids=["float", "numpy", "jax"])
+def test_wrong_constants_are_refused_whatever_number_they_are(number):
+    for make, words in (
+        (lambda: sd.VE(sigma_min=number(-1)), "sigma_min"),
+        (lambda: sd.VP(beta_max=number(-5)), "beta_max"),
+        (lambda: sd.CosineVP(t_max=number(1.5)), "t_max"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            make()
+
+
+def test_whole_numbers_are_times_too():
+    sde = sd.VP()
+    np.testing.assert_allclose(sde.diffusion(1), sde.diffusion(1.0))
+    np.testing.assert_allclose(sde.drift(jnp.ones((2, 3)), 1), sde.drift(jnp.ones((2, 3)), 1.0))

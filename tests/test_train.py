@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import sde_diffusion as sd
 from sde_diffusion import config as configs
 from sde_diffusion import data, evaluate, sharding, train
 from sde_diffusion.checkpoint import Checkpoints
@@ -157,3 +158,36 @@ def test_images_that_do_not_fit_the_network_are_refused(digits):
     config = experiment(model=dict(name="unet", channels=8, multipliers=(1, 1, 1, 1, 1)))
     with pytest.raises(ValueError, match="8.*16"):
         train.prepare(config, digits)
+
+
+def test_the_average_moves_where_parameters_are_narrow(digits):
+    """0.9999 is 1 in bfloat16: the average is float32, and closes 1 - 0.9999^200 of a gap in 200 updates."""
+    config = tiny(model=dict(param_dtype="bfloat16"), optim=dict(lr=1e-12, warmup_steps=0, ema_decay=0.9999))
+    update = jax.jit(train.make_update(config, data.Scaler(17)))
+    state, batches = train.init_state(config, digits.event_shape), data.batches(digits, 16, 0)
+    # Far from the start, where the average's own warm-up is over; the parameters stand still.
+    state = state._replace(step=jnp.asarray(10**6), ema=jax.tree.map(lambda p: p.astype(jnp.float32) + 1.0, state.params))
+    for step in range(200):
+        state, _ = update(state, jax.device_put(train.zero_totals()), batches[step])
+    gaps = [np.asarray(e - p.astype(jnp.float32)) for e, p in zip(jax.tree.leaves(state.ema), jax.tree.leaves(state.params))]
+    assert all(e.dtype == jnp.float32 for e in jax.tree.leaves(state.ema))
+    np.testing.assert_allclose(np.concatenate([g.ravel() for g in gaps]), 0.9999**200, rtol=2e-3)
+
+
+def test_any_sampling_batch_fits_any_number_of_devices(digits):
+    """Rounded up to the devices, and cut to what was asked for; the refusal is for the training batch."""
+    config = tiny(sample=dict(batch_size=5), eval=dict(batch_size=7))
+    mesh, scaler, _ = train.prepare(config, digits)
+    assert mesh.devices.size == 8
+    state = train.init_state(config, digits.event_shape)
+    assert evaluate.make_sampler(config, mesh, digits.event_shape)(state.ema, 11, 0).shape == (11, 8, 8, 1)
+    assert evaluate.bits_per_dim(config, state.ema, mesh, scaler, digits.test[:3])["num"] == 3
+    with pytest.raises(ValueError, match="train.batch_size=12 does not divide over 8 devices"):
+        train.prepare(tiny(train=dict(batch_size=12)), digits)
+
+
+def test_a_conditional_run_samples_without_labels(digits):
+    config = tiny(model=dict(num_classes=10))
+    params = train.init_state(config, digits.event_shape).ema
+    x = sd.sample_ode(configs.build_score(config, params), configs.build_sde(config), jax.random.key(0), (3, 8, 8, 1), num_steps=2)
+    assert x.shape == (3, 8, 8, 1) and np.isfinite(x).all()

@@ -14,6 +14,7 @@ import flax.linen as nn
 from sde_diffusion.models.mlp import MLP
 from sde_diffusion.models.unet import UNet
 from sde_diffusion.prediction import lookup
+from sde_diffusion.sde import check
 
 MODELS = {"mlp": MLP, "unet": UNet}
 
@@ -32,7 +33,18 @@ def build(name: str, **options: Any) -> nn.Module:
             f"the known ones are {', '.join(known)}"
         )
     # Flax hashes a module by its fields, and a config may hold lists.
-    return network(**{k: tuple(v) if isinstance(v, list) else v for k, v in options.items()})
+    module = network(**{k: tuple(v) if isinstance(v, list) else v for k, v in options.items()})
+    for key in ("channels", "num_blocks", "width", "depth"):
+        value = getattr(module, key, 1)
+        check(isinstance(value, int) and value >= 1, f"model.{key}={value!r} must be an integer of at least 1")
+    for key in ("multipliers", "attention", "input_fourier"):
+        value = getattr(module, key, ())
+        whole = isinstance(value, tuple) and all(isinstance(v, int) for v in value)
+        check(whole, f"model.{key}={value!r} must be a tuple of integers, as (1, 2, 2)")
+    if hasattr(module, "multipliers"):
+        check(len(module.multipliers) > 0 and min(module.multipliers) >= 1, f"model.multipliers={module.multipliers} must be positive")
+    check(0 <= module.dropout < 1, f"model.dropout={module.dropout} must be in [0, 1)")
+    return module
 
 
 __all__ = ["MLP", "MODELS", "UNet", "build"]

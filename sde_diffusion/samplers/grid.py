@@ -9,39 +9,51 @@ from jaxtyping import Array, Float
 
 from sde_diffusion.losses import terminal_log_snr
 from sde_diffusion.prediction import lookup
-from sde_diffusion.sde import SDE, check
+from sde_diffusion.sde import SDE, Number, check, known
 
 
-def _uniform(sde, t0, t1, u):
+def _uniform(sde, t0, t1, u, s):
     return t0 + (t1 - t0) * u
 
 
-def _quadratic(sde, t0, t1, u):
+def _quadratic(sde, t0, t1, u, s):
     return (jnp.sqrt(t0) + (jnp.sqrt(t1) - jnp.sqrt(t0)) * u) ** 2
 
 
-def _log_snr(sde, t0, t1, u):
+def _log_snr(sde, t0, t1, u, s):
     high, low = terminal_log_snr(sde, u.dtype), sde.log_snr(t1)
     return sde.time(high + (low - high) * u)
 
 
-def _edm(sde, t0, t1, u, rho=7.0):
+def _edm(sde, t0, t1, u, s, rho=7.0):
     first = jnp.exp(-terminal_log_snr(sde, u.dtype) / (2 * rho))
     last = jnp.exp(-sde.log_snr(t1) / (2 * rho))
     return sde.time(-2 * rho * jnp.log(first + (last - first) * u))
 
 
-# (sde, first time, last time, u in [0, 1]) -> times.
-GRIDS = {"uniform": _uniform, "quadratic": _quadratic, "log_snr": _log_snr, "edm": _edm}
+def _student(sde, t0, t1, u, s, centre=0.8, width=1.8):
+    # The distribution function of Student's t with 2 degrees of freedom is (1 + z / sqrt(2 + z^2)) / 2.
+    z0, z1 = ((-0.5 * log_snr - jnp.log(centre * s)) / width for log_snr in (terminal_log_snr(sde, u.dtype), sde.log_snr(t1)))
+    w0, w1 = (z / jnp.sqrt(2 + z**2) for z in (z0, z1))
+    w = w0 + (w1 - w0) * u
+    z = w * jnp.sqrt(2 / (1 - w**2))
+    return sde.time(-2 * (width * z + jnp.log(centre * s)))
+
+
+# (sde, first time, last time, u in [0, 1], standard deviation of the data) -> times.
+GRIDS = {"student": _student, "uniform": _uniform, "quadratic": _quadratic, "log_snr": _log_snr, "edm": _edm}
 
 
 def time_grid(
-    sde: SDE, num_steps: int, kind: str = "edm", t_end: float | None = None
+    sde: SDE, num_steps: int, kind: str = "student", t_end: float | None = None, sigma_data: Number = 0.5
 ) -> Float[Array, " times"]:
     """num_steps + 1 decreasing times from `sde.t_max` to t_end (`sde.t_min` by default).
 
-    kind: "uniform" in t; "quadratic": uniform in sqrt(t) (arXiv:2010.02502 appendix D.2); "log_snr": uniform in lambda
-    (arXiv:2206.00927 section 3.2); "edm": uniform in (sigma / alpha)^(1/7) (arXiv:2206.00364 eq. 5).
+    kind: "student", the default: log(sigma / alpha) at equal quantiles of a Student t distribution around the data's standard
+    deviation, so that most steps lie where the data takes shape; "edm": uniform in (sigma / alpha)^(1/7)
+    (arXiv:2206.00364 eq. 5); "log_snr": uniform in lambda (arXiv:2206.00927 section 3.2); "uniform" in t;
+    "quadratic": uniform in sqrt(t) (arXiv:2010.02502 appendix D.2).
+    sigma_data: the standard deviation of the data, for "student".
 
     Raises:
       ValueError: unknown kind, num_steps < 1, or t_end outside [t_train, t_max).
@@ -51,13 +63,13 @@ def time_grid(
         isinstance(num_steps, (int, np.integer)) and num_steps >= 1,
         f"num_steps={num_steps} must be an integer of at least 1; 20 to 50 is usual for an ODE sampler",
     )
-    return _fill(fn, sde, check_t_end(sde, t_end), num_steps)
+    return _fill(fn, sde, check_t_end(sde, t_end), sigma_data, num_steps)
 
 
 @functools.partial(jax.jit, static_argnames=("fn", "num_steps"))
-def _fill(fn, sde, t_end, num_steps):
+def _fill(fn, sde, t_end, sigma_data, num_steps):
     t0, t1 = jnp.asarray(sde.t_max, float), jnp.asarray(t_end, float)
-    grid = fn(sde, t0, t1, jnp.linspace(0.0, 1.0, num_steps + 1))
+    grid = fn(sde, t0, t1, jnp.linspace(0.0, 1.0, num_steps + 1), sigma_data)
     # The ends are exact, whatever the map between lambda and t rounds to.
     return grid.at[0].set(t0).at[-1].set(t1)
 
@@ -66,7 +78,8 @@ def check_t_end(sde: SDE, t_end):
     """t_end, or `sde.t_min` for None; a ValueError where it lies outside the SDE's range."""
     if t_end is None:
         return sde.t_min
-    if not any(isinstance(v, jax.core.Tracer) for v in (t_end, sde.t_train, sde.t_max)):
+    check(np.ndim(t_end) == 0 and not isinstance(t_end, str), f"t_end={t_end!r} must be one number, a time of the SDE")
+    if known(t_end, sde.t_train, sde.t_max):
         check(
             sde.t_train <= t_end < sde.t_max,
             f"t_end={t_end} is outside the range of {type(sde).__name__}: choose t_train={sde.t_train} <= t_end < "
@@ -76,11 +89,14 @@ def check_t_end(sde: SDE, t_end):
 
 
 def resolve_grid(
-    sde: SDE, grid, num_steps: int, t_end: float | None
+    sde: SDE, grid, num_steps: int, t_end: float | None, sigma_data: Number, from_prior: bool
 ) -> Float[Array, " times"]:
-    """A grid by name through `time_grid`, or the given array after a check that it decreases within the SDE's range."""
+    """A grid by name through `time_grid`, or the given array after a check that it decreases within the SDE's range.
+
+    from_prior: the grid must begin at t_max, where the prior belongs.
+    """
     if isinstance(grid, str):
-        return time_grid(sde, num_steps, grid, t_end)
+        return time_grid(sde, num_steps, grid, t_end, sigma_data)
     times = grid if isinstance(grid, jax.core.Tracer) else np.asarray(grid)
     check(
         times.ndim == 1 and times.shape[0] >= 2,
@@ -88,7 +104,7 @@ def resolve_grid(
     )
     if t_end is not None:
         raise ValueError(f"t_end={t_end} and a grid array were both given; the grid's last time is t_end: pass one")
-    if not any(isinstance(v, jax.core.Tracer) for v in (times, sde.t_train, sde.t_max)):
+    if known(times, sde.t_train, sde.t_max):
         check(
             bool((np.diff(times) < 0).all()),
             "grid must be strictly decreasing from the prior's time to the data's; reverse it or drop repeated times",
@@ -98,5 +114,9 @@ def resolve_grid(
             times[0] <= sde.t_max * (1 + 1e-6) and times[-1] >= sde.t_train * (1 - 1e-6),
             f"grid runs from {times[0]:g} to {times[-1]:g}, outside the range [{sde.t_train}, {sde.t_max}] of "
             f"{type(sde).__name__}",
+        )
+        check(
+            not from_prior or times[0] >= sde.t_max * (1 - 1e-6),
+            f"grid starts at {times[0]:g}, but a prior draw belongs to t_max={sde.t_max}: start it there, or pass init",
         )
     return jnp.asarray(times, float)

@@ -1,4 +1,4 @@
-"""The loop that all fixed-grid samplers share: one `lax.scan` of a step function over neighbouring times of a grid."""
+"""What all fixed-grid samplers share: the checks of their input, and the compiled run of a solver's table."""
 
 import functools
 from typing import Any
@@ -6,29 +6,31 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from sde_diffusion.prediction import as_pytree, lookup, predict, zero_terminal_snr
+from sde_diffusion.prediction import as_pytree, check_process, lookup, zero_terminal_snr
 from sde_diffusion.samplers.grid import resolve_grid
-
-
-def resolve(methods: dict, name: str, kind: str, sde):
-    """The step function of that name; a ValueError for an unknown one, and for one whose drift is infinite at t_max."""
-    step = lookup(methods, name, kind)
-    if name in ("euler", "euler_maruyama") and zero_terminal_snr(sde):
-        raise ValueError(
-            f"{kind} {name!r} needs a finite drift, but alpha({sde.t_max}) = 0 (zero terminal SNR); "
-            "use 'ddim', 'heun' or 'ancestral'"
-        )
-    return step
+from sde_diffusion.samplers.linear import Solver, Steps, run
+from sde_diffusion.sde import SDE, check
 
 
 def integrate(
-    step, score_fn, sde, key, shape, *, num_steps, grid, t_end, init, denoise, return_path
-) -> Any:
-    """Carries a prior draw, or `init`, along the grid with `step(score_fn, sde, key, x, t, s)`, from time t to s < t."""
-    times = resolve_grid(sde, grid, num_steps, t_end)
-    shape = tuple(shape)
-    if len(shape) < 2 or min(shape) < 1:
+    methods: dict[str, Solver], method, score_fn, sde, key, shape, *, num_steps, grid, t_end, init, denoise, return_path,
+    sigma_data, noise_level=None, correct=None, kind="method",
+) -> Any:  # fmt: skip
+    """Carries a prior draw, or `init`, along the grid with a solver and, after each step, `correct(score_fn, sde, key, x, t)`."""
+    solver = method if callable(method) else lookup(methods, method, kind)
+    check_process(score_fn, sde)
+    if sigma_data is None:
+        sigma_data = getattr(score_fn, "sigma_data", 0.5)
+    check(sigma_data > 0, f"sigma_data={sigma_data} must be positive: the standard deviation of the data")
+    if grid is None:
+        grid = getattr(solver, "grid", "student")
+    times = resolve_grid(sde, grid, 18 if num_steps is None else num_steps, t_end, sigma_data, from_prior=init is None)
+    if isinstance(solver, Solver):
+        check_start(solver, method, sde, len(times) - 1)
+        noise_level = noise_level if solver.stochastic else None
+    if isinstance(shape, int) or len(shape) < 2 or min(shape) < 1:
         raise ValueError(f"shape={shape} must be (batch, *event) with at least one event axis, all positive")
+    shape, init = tuple(shape), None if init is None else jnp.asarray(init)
     if init is not None and init.shape != shape:
         raise ValueError(f"init has shape {init.shape} but shape={shape} was asked for; make them equal")
     if init is not None:
@@ -44,22 +46,29 @@ def integrate(
     if key is None:
         raise ValueError("key=None; pass jax.random.key(seed)")
     return _run(
-        as_pytree(step), as_pytree(score_fn), sde, key, times, init,
-        shape=shape, denoise=denoise, return_path=return_path,
+        as_pytree(solver), as_pytree(score_fn), sde, key, times, init, sigma_data, noise_level,
+        None if correct is None else as_pytree(correct), shape=shape, denoise=denoise, return_path=return_path,
     )  # fmt: skip
 
 
+def check_start(solver: Solver, name: str, sde: SDE, num_steps: int) -> None:
+    """Raises ValueError for too few steps, and for a solver that cannot start where alpha = 0."""
+    check(
+        num_steps >= solver.min_steps,
+        f"{name!r} needs at least {solver.min_steps} steps, got {num_steps}: take more, or method='adams', whose "
+        "order follows their number",
+    )
+    if not solver.zero_snr and zero_terminal_snr(sde):
+        raise ValueError(
+            f"{name!r} needs alpha > 0, but alpha({sde.t_max}) = 0 (zero terminal SNR); use 'adams', 'ddim' or "
+            "'ancestral'"
+        )
+
+
 @functools.partial(jax.jit, static_argnames=("shape", "denoise", "return_path"))
-def _run(step, score_fn, sde, key, times, init, *, shape, denoise, return_path):
+def _run(solver, score_fn, sde, key, times, init, sigma_data, noise_level, correct, *, shape, denoise, return_path):
     key_prior, key_steps = jax.random.split(key)
     x = sde.prior_sample(key_prior, shape) if init is None else init
-
-    def body(x, inputs):
-        index, t, s = inputs
-        x = step(score_fn, sde, jax.random.fold_in(key_steps, index), x, t, s).astype(x.dtype)
-        return x, (x if return_path else None)
-
-    num_steps = times.shape[0] - 1
-    end, path = jax.lax.scan(body, x, (jnp.arange(num_steps), times[:-1], times[1:]))
-    sample = predict(score_fn, sde, end, times[-1])[0].astype(x.dtype) if denoise else end
-    return (sample, jnp.concatenate([x[None], path])) if return_path else sample
+    table = solver(Steps.of(sde, times, sigma_data, noise_level))
+    correct = None if correct is None else functools.partial(correct, score_fn, sde)
+    return run(table, score_fn, sde, key_steps, x, times[-1], correct=correct, denoise=denoise, return_path=return_path)

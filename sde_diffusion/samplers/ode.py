@@ -1,38 +1,228 @@
 """Deterministic samplers: the probability-flow ODE dx/dt = f - 1/2 g^2 score (arXiv:2011.13456 eq. 13)."""
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from sde_diffusion.prediction import predict, score
-from sde_diffusion.samplers.integrate import integrate, resolve
-from sde_diffusion.sde import SDE
+from sde_diffusion.samplers.integrate import integrate
+from sde_diffusion.samplers.linear import (
+    Solver, Steps, Table, adams_bashforth, adams_moulton, angle_space, data_space, midpoint, multistep, noise_space,
+    one_step, orders, register, sigma_space, velocity,
+)  # fmt: skip
+from sde_diffusion.sde import SDE, Number, derivative
+
+METHODS: dict[str, Solver] = {}
+
+# Adams-Bashforth as predictor and Adams-Moulton as corrector, for v over the angle: the project's own.
 
 
-def euler(score_fn, sde, key, x, t, s):
-    """Euler's method in t. Order 1, one evaluation."""
-    slope = sde.drift(x, t) - 0.5 * sde.diffusion(t) ** 2 * score(score_fn, x, t)
-    return x + (s - t) * slope
+def _adams(steps, order):
+    space, order = angle_space(steps), orders(steps.num, order)
+    return multistep(steps, space, adams_bashforth(space, order), adams_moulton(space, order))
 
 
-def ddim(score_fn, sde, key, x, t, s):
-    """x_s = alpha_s x0 + sigma_s eps: exact where x0 is a point (arXiv:2010.02502 eq. 12). Order 1, one evaluation."""
-    x0, eps = predict(score_fn, sde, x, t)
-    return sde.alpha(s) * x0 + sde.sigma(s) * eps
+@register(METHODS, order=4, evaluations=1, source="as adams_4")
+def adams(steps: Steps) -> Table:
+    """The default, for any number of evaluations: adams_2 below 9 steps, adams_3 below 15, adams_4 from there on."""
+    return _adams(steps, 2 if steps.num < 9 else 3 if steps.num < 15 else 4)
 
 
-def heun(score_fn, sde, key, x, t, s):
-    """The trapezoidal rule for d(x/alpha) = eps d(sigma/alpha) (arXiv:2206.00364 alg. 1). Order 2, two evaluations."""
-    x0, eps = predict(score_fn, sde, x, t)
-    x_s = sde.alpha(s) * x0 + sde.sigma(s) * eps
-    _, eps_s = predict(score_fn, sde, x_s, s)
-    # alpha_s times the step in sigma/alpha; at zero terminal SNR it is infinite, and the first step stays DDIM's.
-    alpha_t = sde.alpha(t)
-    safe = jnp.where(alpha_t > 0, alpha_t, 1.0)
-    length = jnp.where(alpha_t > 0, sde.sigma(s) - sde.alpha(s) * sde.sigma(t) / safe, 0.0)
-    return x_s + 0.5 * length * (eps_s - eps)
+@register(METHODS, order=2, evaluations=1, min_steps=2, source="as adams_4")
+def adams_2(steps: Steps) -> Table:
+    """adams_4 with order 2: for 5 to 8 evaluations."""
+    return _adams(steps, 2)
 
 
-METHODS = {"euler": euler, "ddim": ddim, "heun": heun}
+@register(METHODS, order=3, evaluations=1, min_steps=3, source="as adams_4")
+def adams_3(steps: Steps) -> Table:
+    """adams_4 with order 3: for 9 to 14 evaluations."""
+    return _adams(steps, 3)
+
+
+@register(METHODS, order=4, evaluations=1, min_steps=4, source="linear.angle_space; v of arXiv:2410.11081 eq. 3")
+def adams_4(steps: Steps) -> Table:
+    """Multistep predictor and corrector for v over the angle arctan(sigma / alpha s): for 15 evaluations and more.
+
+    Adams-Bashforth predicts a step, Adams-Moulton redoes it once its end has been evaluated for the next (PEC). Orders
+    rise from 1 at the start; the last step is not corrected. Needs the data's standard deviation s, roughly.
+    """
+    return _adams(steps, 4)
+
+
+# Exponential integrators of the literature.
+
+
+@register(METHODS, order=1, evaluations=1, source="arXiv:2010.02502 eq. 12; DPM-Solver(++) of order 1")
+def ddim(steps: Steps) -> Table:
+    """x_s = alpha_s x0 + sigma_s eps: exact where x0 is a point."""
+    space = data_space(steps)
+    return multistep(steps, space, adams_bashforth(space, orders(steps.num, 1)))
+
+
+@register(METHODS, order=2, evaluations=1, min_steps=2, source="arXiv:2211.01095 alg. 2")
+def dpmpp_2m(steps: Steps) -> Table:
+    """DPM-Solver++(2M): x0 over log-SNR, by the midpoint rule. Last step of order 1 below 15 steps."""
+    space = data_space(steps)
+    return multistep(steps, space, midpoint(space, orders(steps.num, 2, taper=True)))
+
+
+@register(METHODS, order=3, evaluations=1, min_steps=3, source="arXiv:2211.01095 section 4.2")
+def dpmpp_3m(steps: Steps) -> Table:
+    """DPM-Solver++(3M): x0 over log-SNR, order 3. Last steps of lower order below 15 steps.
+
+    With the exact integral of the quadratic through three x0; the widely used code halves its second difference and
+    is of order 2.
+    """
+    space = data_space(steps)
+    return multistep(steps, space, adams_bashforth(space, orders(steps.num, 3, taper=True)))
+
+
+@register(METHODS, order=2, evaluations=2, source="arXiv:2211.01095 alg. 1 with r = 1/2")
+def dpmpp_2s(steps: Steps) -> Table:
+    """DPM-Solver++(2S), singlestep: no history, so it may be mixed with other moves of the state."""
+    middle, factors, coefficients = _fractions(steps, 0.5)
+    (a, end), (b, e) = factors, coefficients
+    return _singlestep(steps, [middle], [(a, [b]), (end, [0.0, e])])
+
+
+@register(METHODS, order=3, evaluations=3, source="arXiv:2206.00927 alg. 2 for x0, with r = 1/3 and 2/3")
+def dpmpp_3s(steps: Steps) -> Table:
+    """DPM-Solver++(3S), singlestep."""
+    h = steps.h
+    one_third, two_thirds, factors, coefficients = _fractions(steps, 1 / 3, 2 / 3)
+    (a, b, end), (p, q, e) = factors, coefficients
+    # The integrals of the slope: alpha ((e^-h - 1) / h + 1) for a step of length h.
+    bend = 2 * (two_thirds[1] - q / (2 / 3 * h))
+    slope = 1.5 * (steps.alpha[1:] - e / h)
+    return _singlestep(
+        steps, [one_third, two_thirds], [(a, [p]), (b, [q - bend, bend]), (end, [e - slope, 0.0, slope])]
+    )
+
+
+def _fractions(steps, *fractions):
+    """Points inside of each step, then the factors of x and the coefficients of a constant x0 up to them and to the end."""
+    points = [steps.between(f) for f in fractions]
+    ends = [*((a, s) for _, a, s in points), (steps.alpha[1:], steps.sigma[1:])]
+    factors = [sigma / steps.sigma[:-1] for _, sigma in ends]
+    return *points, factors, [-a * jnp.expm1(-f * steps.h) for (a, _), f in zip(ends, [*fractions, 1.0])]
+
+
+def _singlestep(steps, points, moves):
+    times = [steps.time[:-1], *(time for time, _, _ in points)]
+    return one_step(times, [(1.0, 0.0)] * len(times), moves)
+
+
+def _unipc(steps, order):
+    space, order = data_space(steps), orders(steps.num, order, taper=True)
+    explicit, implicit = adams_bashforth(space, order), adams_moulton(space, order)
+    # With B(h) = e^h - 1 the paper replaces the solutions of the smallest systems by 1/2.
+    if order.max() > 1:
+        half = jnp.pad(midpoint(space, order), ((0, 0), (0, explicit.shape[1] - 2)))
+        explicit = jnp.where(order[:, None] == 2, half, explicit)
+    trapezoid = 0.5 * adams_bashforth(space, np.ones_like(order))
+    trapezoid = jnp.pad(jnp.tile(trapezoid, (1, 2)), ((0, 0), (0, implicit.shape[1] - 2)))
+    return multistep(steps, space, explicit, jnp.where(order[:, None] == 1, trapezoid, implicit))
+
+
+@register(METHODS, order=2, evaluations=1, source="as unipc_3")
+def unipc_1(steps: Steps) -> Table:
+    """UniPC-1: DDIM, each step corrected by the trapezoidal rule."""
+    return _unipc(steps, 1)
+
+
+@register(METHODS, order=3, evaluations=1, min_steps=2, source="as unipc_3")
+def unipc_2(steps: Steps) -> Table:
+    """UniPC-2: dpmpp_2m with a corrector of order 3."""
+    return _unipc(steps, 2)
+
+
+@register(METHODS, order=4, evaluations=1, min_steps=3, source="arXiv:2302.04867 alg. 1, 2 with B_2(h) = e^h - 1")
+def unipc_3(steps: Steps) -> Table:
+    """UniPC-3: predictor of order 3 and corrector of order 4 for x0 over log-SNR. Last steps of lower order below 15."""
+    return _unipc(steps, 3)
+
+
+def _deis(steps, order):
+    space = noise_space(steps)
+    return multistep(steps, space, adams_bashforth(space, orders(steps.num, order, taper=True)))
+
+
+_DEIS = dict(evaluations=1, zero_snr=False)
+
+
+@register(METHODS, order=2, min_steps=2, source="as deis_4", **_DEIS)
+def deis_2(steps: Steps) -> Table:
+    """DEIS of order 2."""
+    return _deis(steps, 2)
+
+
+@register(METHODS, order=3, min_steps=3, source="as deis_4", **_DEIS)
+def deis_3(steps: Steps) -> Table:
+    """DEIS of order 3."""
+    return _deis(steps, 3)
+
+
+@register(METHODS, order=4, min_steps=4, source="arXiv:2204.13902 eq. 15, with polynomials in log(sigma / alpha)", **_DEIS)
+def deis_4(steps: Steps) -> Table:
+    """DEIS: exponential Adams-Bashforth for eps over log-SNR. Last steps of lower order below 15 steps."""
+    return _deis(steps, 4)
+
+
+# Classical methods.
+
+
+@register(METHODS, order=1, evaluations=1, zero_snr=False, grid="uniform", source="arXiv:2011.13456 eq. 13")
+def euler(steps: Steps) -> Table:
+    """Euler's method in t."""
+    t, length = steps.time[:-1], jnp.diff(steps.time)
+    slope = 0.5 * steps.sde.diffusion(t) ** 2 / steps.sigma[:-1]
+    return one_step([t], [(0.0, 1.0)], [(1 + length * derivative(steps.sde.log_alpha, t), [length * slope])])
+
+
+@register(METHODS, order=4, evaluations=1, min_steps=4, zero_snr=False, source="Adams-Bashforth for arXiv:2206.00364 eq. 4")
+def lms(steps: Steps) -> Table:
+    """Linear multistep of order 4: eps over sigma / alpha. For uniform steps; unstable where they shrink fast."""
+    space = sigma_space(steps)
+    return multistep(steps, space, adams_bashforth(space, orders(steps.num, 4)))
+
+
+@register(METHODS, order=2, evaluations=2, source="arXiv:2206.00364 alg. 1")
+def heun(steps: Steps) -> Table:
+    """The trapezoidal rule for eps over sigma / alpha. From zero SNR the first step is DDIM's."""
+    return one_step(**heun_step(steps, steps.time[:-1], steps.alpha[:-1], steps.sigma[:-1], steps.h))
+
+
+def heun_step(steps: Steps, t, alpha, sigma, h):
+    """The arguments of `one_step` for a step of Heun's method from times t, h away from the end in log(alpha / sigma)."""
+    alpha_s, sigma_s, finite = steps.alpha[1:], steps.sigma[1:], alpha > 0
+    # alpha_s times the step in sigma / alpha, which is infinite at zero SNR.
+    length = sigma_s * -jnp.expm1(jnp.where(finite, h, 0.0))
+    factor = jnp.where(finite, alpha_s / jnp.where(finite, alpha, 1.0), sigma_s / sigma)
+    first = jnp.where(finite, length, alpha_s)
+    kept = [(jnp.where(finite, 0.0, 1.0), jnp.where(finite, 1.0, 0.0)), (0.0, 1.0)]
+    end = [jnp.where(finite, 0.5 * length, first), 0.5 * length]
+    return dict(times=[t, steps.time[1:]], kept=kept, moves=[(factor, [first]), (factor, end)])
+
+
+@register(METHODS, order=4, evaluations=4, source="Kutta 1901, for v over the angle as in adams_4")
+def rk4(steps: Steps) -> Table:
+    """The classical Runge-Kutta method."""
+    s, space = steps.sigma_data, angle_space(steps)
+    angle = jnp.arctan2(steps.sigma[:-1], s * steps.alpha[:-1]) + 0.5 * space.length
+    middle = steps.sde.time(-2 * jnp.log(s * jnp.tan(angle)))
+    start, end = velocity(steps.alpha[:-1], steps.sigma[:-1], s), velocity(steps.alpha[1:], steps.sigma[1:], s)
+    inside = velocity(steps.sde.alpha(middle), steps.sde.sigma(middle), s)
+    c, a, b, d = start[1], inside[1], end[1], space.length
+    return one_step(
+        times=[steps.time[:-1], middle, middle, steps.time[1:]],
+        kept=[start[0], inside[0], inside[0], end[0]],
+        moves=[
+            (a / c, [a * d / 2]),
+            (a / c, [0.0, a * d / 2]),
+            (b / c, [0.0, 0.0, b * d]),
+            (b / c, [b * d / 6, b * d / 3, b * d / 3, b * d / 6]),
+        ],
+    )
 
 
 def sample_ode(
@@ -41,13 +231,14 @@ def sample_ode(
     key: PRNGKeyArray,
     shape: tuple[int, ...],
     *,
-    method: str = "heun",
-    num_steps: int = 18,
-    grid: str | Float[Array, " times"] = "edm",
+    method="adams",
+    num_steps: int | None = None,
+    grid: str | Float[Array, " times"] | None = None,
     t_end: float | None = None,
     init: Float[Array, "b ..."] | None = None,
     denoise: bool = True,
     return_path: bool = False,
+    sigma_data: Number | None = None,
 ):
     """Samples by the probability-flow ODE: deterministic given the prior draw.
 
@@ -55,23 +246,28 @@ def sample_ode(
       score_fn: `(x (B, *event), t (B,)) -> (B, *event)`; see `as_score` for networks.
       key: draws the prior sample; unused with `init`.
       shape: `(B, *event)`.
-      method: "heun" (order 2, two evaluations a step), "ddim" (order 1, one) or "euler" (order 1 in t, one).
-      num_steps: steps of the grid. Evaluations: num_steps times those of a step, and one more for `denoise`.
-      grid: "edm", "log_snr", "uniform" or "quadratic" (see `time_grid`), or an array of decreasing times, which
-        replaces num_steps and t_end and does not recompile when its values change.
+      method: a name that `sd.solvers()` lists, a solver of `fit_solver`, or a function from `Steps` to a `Table`
+        (see `samplers.linear`). "adams", the default, takes one evaluation a step and suits every number of them.
+      num_steps: steps of the grid, 18 by default. Evaluations: num_steps times those of a step, and one more for
+        `denoise`.
+      grid: "student" (the default of most), "edm", "log_snr", "uniform" or "quadratic" (see `time_grid`), or an array of
+        decreasing times, which replaces num_steps and t_end and does not recompile when its values change.
       t_end: where the grid stops, in [t_train, t_max); `sde.t_min` by default.
       init: the state at the first time `(B, *event)` instead of a prior draw.
       denoise: end with one posterior-mean step E[x_0 | x_{t_end}].
       return_path: also return the states at all times of the grid, `(len(grid), B, *event)`.
+      sigma_data: standard deviation of the data, which the default method and grid look at; by default what the
+        score function says of itself (`score_fn.sigma_data`), else 0.5.
 
     Returns:
-      samples `(B, *event)`, or `(samples, path)`.
+      samples `(B, *event)`, or `(samples, path)`. Its gradient keeps the states, not the network's activations.
 
     Raises:
-      ValueError: before any compilation, for an unknown method or grid, num_steps < 1, a grid or t_end outside the
-        SDE's range, a score of the wrong shape or dtype, or "euler" from zero terminal SNR.
+      ValueError: before any compilation, for an unknown method or grid, num_steps < 1 or too few for the method, a
+        grid or t_end outside the SDE's range, a score of the wrong shape or dtype, or a method that cannot start from
+        zero terminal SNR.
     """
     return integrate(
-        resolve(METHODS, method, "method", sde), score_fn, sde, key, shape, num_steps=num_steps, grid=grid, t_end=t_end, init=init,
-        denoise=denoise, return_path=return_path,
+        METHODS, method, score_fn, sde, key, shape, num_steps=num_steps, grid=grid, t_end=t_end, init=init, denoise=denoise,
+        return_path=return_path, sigma_data=sigma_data,
     )  # fmt: skip

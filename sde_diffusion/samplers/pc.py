@@ -9,11 +9,11 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from sde_diffusion.prediction import lookup, score
 from sde_diffusion.samplers import ode, sde as reverse
-from sde_diffusion.samplers.integrate import integrate, resolve
+from sde_diffusion.samplers.integrate import integrate
 from sde_diffusion.sde import SDE, Number, check, pytree_dataclass
 
 
-def langevin(sde, key, x, t, gradient, noise, snr):
+def langevin(sde, t, gradient, noise, snr):
     """Step 2 (snr sigma_t)^2: of t alone, so a sample does not depend on its neighbours.
 
     What the published rule gives where |score| = sqrt(D) / sigma, and the published annealed Langevin rule
@@ -22,8 +22,11 @@ def langevin(sde, key, x, t, gradient, noise, snr):
     return 2 * (snr * sde.sigma(t)) ** 2
 
 
-def langevin_norm(sde, key, x, t, gradient, noise, snr):
-    """The published rule 2 (snr |z| / |score|)^2 with norms averaged over the batch (arXiv:2011.13456 alg. 4, 5)."""
+def langevin_norm(sde, t, gradient, noise, snr):
+    """The published rule 2 (snr |z| / |score|)^2 with norms averaged over the batch (arXiv:2011.13456 alg. 4).
+
+    For VP alg. 5 has one more factor, alpha_i = 1 - beta_i of its N levels, which tends to 1.
+    """
     def mean_norm(a):
         return jnp.sqrt((a**2).reshape(a.shape[0], -1).sum(axis=1)).mean()
 
@@ -35,25 +38,21 @@ PREDICTORS = {**reverse.METHODS, **ode.METHODS}
 
 
 @pytree_dataclass
-class PredictorCorrector:
-    """One step: the predictor from t to s, then `corrector_steps` Langevin steps at s."""
+class Langevin:
+    """`steps` Langevin steps at time t, with step sizes by the rule."""
 
     snr: Number
-    predictor: Callable = dataclasses.field(metadata={"static": True})
-    step_size: Callable = dataclasses.field(metadata={"static": True})
-    corrector_steps: int = dataclasses.field(metadata={"static": True})
+    rule: Callable = dataclasses.field(metadata={"static": True})
+    steps: int = dataclasses.field(metadata={"static": True})
 
-    def __call__(self, score_fn, sde, key, x, t, s):
-        keys = jax.random.split(key, self.corrector_steps + 1)
-        x = self.predictor(score_fn, sde, keys[0], x, t, s).astype(x.dtype)
-
-        def correct(x, key):
-            gradient = score(score_fn, x, s)
+    def __call__(self, score_fn, sde, key, x, t):
+        def step(x, key):
+            gradient = score(score_fn, x, t)
             noise = jax.random.normal(key, x.shape, x.dtype)
-            size = self.step_size(sde, key, x, s, gradient, noise, self.snr)
+            size = self.rule(sde, t, gradient, noise, self.snr)
             return (x + size * gradient + jnp.sqrt(2 * size) * noise).astype(x.dtype), None
 
-        return jax.lax.scan(correct, x, keys[1:])[0] if self.corrector_steps else x
+        return jax.lax.scan(step, x, jax.random.split(key, self.steps))[0]
 
 
 def sample_pc(
@@ -72,11 +71,12 @@ def sample_pc(
     init: Float[Array, "b ..."] | None = None,
     denoise: bool = True,
     return_path: bool = False,
+    sigma_data: Number | None = None,
 ):
     """Samples by predictor-corrector (arXiv:2011.13456 alg. 1 and appendix G).
 
     Args:
-      score_fn, key, shape, grid, t_end, init, denoise, return_path: as in `sample_sde`.
+      score_fn, key, shape, grid, t_end, init, denoise, return_path, sigma_data: as in `sample_sde`.
       predictor: any method of `sample_sde` or `sample_ode`.
       corrector: "langevin" = "annealed_langevin" (step 2 (snr sigma)^2), "langevin_norm" (the published rule with
         batch-mean norms, which couples the samples of a batch), or None.
@@ -91,12 +91,15 @@ def sample_pc(
     Raises:
       ValueError: as `sample_ode`; also snr <= 0 and corrector_steps < 0.
     """
-    step = resolve(PREDICTORS, predictor, "predictor", sde)
-    check(corrector_steps >= 0, f"corrector_steps={corrector_steps} must be at least 0; 1 is usual")
+    check(
+        isinstance(corrector_steps, int) and corrector_steps >= 0,
+        f"corrector_steps={corrector_steps} must be an integer of at least 0; 1 is usual",
+    )
     check(snr > 0, f"snr={snr} must be positive; 0.16 is usual")
-    step_size = langevin if corrector is None else lookup(CORRECTORS, corrector, "corrector")
-    steps = 0 if corrector is None else corrector_steps
+    correct = None
+    if corrector is not None and corrector_steps:
+        correct = Langevin(snr, lookup(CORRECTORS, corrector, "corrector"), corrector_steps)
     return integrate(
-        PredictorCorrector(snr, step, step_size, steps), score_fn, sde, key, shape, num_steps=num_steps, grid=grid,
-        t_end=t_end, init=init, denoise=denoise, return_path=return_path,
+        PREDICTORS, predictor, score_fn, sde, key, shape, num_steps=num_steps, grid=grid, t_end=t_end, init=init,
+        denoise=denoise, return_path=return_path, sigma_data=sigma_data, noise_level=1.0, correct=correct, kind="predictor",
     )  # fmt: skip

@@ -1,67 +1,107 @@
-"""Stochastic samplers: the reverse SDE dx = (f - g^2 score) dt + g dw (arXiv:2011.13456 eq. 6), from t to s < t.
+"""Stochastic samplers: the reverse SDE at any noise level tau,
 
-Each is also a predictor of `sample_pc`. All take one evaluation a step.
+    dx = (f - (1 + tau^2) / 2 g^2 score) dt + tau g dw,
+
+which has the same marginals for every tau: 0 is the probability-flow ODE, 1 the reverse SDE (arXiv:2011.13456 eq. 6;
+arXiv:2206.00364 eq. 6). Each is also a predictor of `sample_pc`.
 """
 
-import jax
+import dataclasses
+import functools
+
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from sde_diffusion.prediction import predict, score
-from sde_diffusion.samplers.integrate import integrate, resolve
-from sde_diffusion.sde import SDE
+from sde_diffusion.samplers.integrate import integrate
+from sde_diffusion.samplers.linear import (
+    Solver, Steps, Table, adams_bashforth, adams_moulton, data_space, midpoint, multistep, one_step, orders, register,
+)  # fmt: skip
+from sde_diffusion.samplers.ode import heun_step
+from sde_diffusion.sde import SDE, Number, check, derivative
+
+METHODS: dict[str, Solver] = {}
+_EPS = [(0.0, 1.0)]
+_register = functools.partial(register, METHODS, stochastic=True)
 
 
-def _noise(key, x):
-    return jax.random.normal(key, x.shape, x.dtype)
+def _transition(steps):
+    """x_t | x_s ~ N(a x_s, v I) for s < t: a = alpha_t / alpha_s and v = sigma_t^2 - a^2 sigma_s^2, `(N,)` each."""
+    a = steps.alpha[:-1] / steps.alpha[1:]
+    return a, -(steps.sigma[:-1] ** 2) * jnp.expm1(-jnp.diff(steps.sde.log_snr(steps.time)))
 
 
-def _transition(sde, t, s):
-    """x_t | x_s ~ N(a x_s, v I), for s < t: a = alpha_t / alpha_s and v = sigma_t^2 - a^2 sigma_s^2."""
-    return sde.alpha(t) / sde.alpha(s), -(sde.sigma(t) ** 2) * jnp.expm1(sde.log_snr(t) - sde.log_snr(s))
+@_register(order=1, evaluations=1, grid="uniform", zero_snr=False, source="arXiv:2011.13456 eq. 6")
+def euler_maruyama(steps: Steps) -> Table:
+    """Euler-Maruyama in t. Strong order 1/2, weak order 1."""
+    t, length, tau = steps.time[:-1], -jnp.diff(steps.time), steps.noise_level
+    variance = steps.sde.diffusion(t) ** 2 * length
+    slope = -0.5 * (1 + tau**2) * variance / steps.sigma[:-1]
+    return one_step(
+        [t], _EPS, [(1 - length * derivative(steps.sde.log_alpha, t), [slope])], noise=tau * jnp.sqrt(variance)
+    )
 
 
-def euler_maruyama(score_fn, sde, key, x, t, s):
-    """Euler-Maruyama on the reverse SDE. Strong order 1/2, weak order 1."""
-    variance = sde.diffusion(t) ** 2 * (t - s)
-    mean = x - sde.drift(x, t) * (t - s) + variance * score(score_fn, x, t)
-    return mean + jnp.sqrt(variance) * _noise(key, x)
+@_register(order=1, evaluations=1, grid="uniform", source="arXiv:2011.13456 appendix E, eq. 46")
+def reverse_diffusion(steps: Steps) -> Table:
+    """The forward transition's own discretization, reversed."""
+    (a, variance), tau = _transition(steps), steps.noise_level
+    slope = -0.5 * (1 + tau**2) * variance / steps.sigma[:-1]
+    return one_step([steps.time[:-1]], _EPS, [(2 - a, [slope])], noise=tau * jnp.sqrt(variance))
 
 
-def reverse_diffusion(score_fn, sde, key, x, t, s):
-    """The forward transition's own discretization, reversed (arXiv:2011.13456 appendix E, eq. 46). Weak order 1."""
-    a, variance = _transition(sde, t, s)
-    return (2 - a) * x + variance * score(score_fn, x, t) + jnp.sqrt(variance) * _noise(key, x)
+@_register(order=1, evaluations=1, grid="uniform", source="arXiv:2006.11239 eq. 6-7; for VE arXiv:2011.13456 eq. 47")
+def ancestral(steps: Steps) -> Table:
+    """A draw from q(x_s | x_t, x_0 = x0_hat), with its variance sigma_s^2 / sigma_t^2 v; DDIM at noise level 0."""
+    space = data_space(steps)
+    return multistep(steps, space, adams_bashforth(space, orders(steps.num, 1)))
 
 
-def _posterior_mean(score_fn, sde, x, t, s):
-    a, variance = _transition(sde, t, s)
-    x0, _ = predict(score_fn, sde, x, t)
-    mean = a * (sde.sigma(s) / sde.sigma(t)) ** 2 * x + sde.alpha(s) * variance / sde.sigma(t) ** 2 * x0
-    return mean, variance
+@_register(order=1, evaluations=1, grid="uniform", source='arXiv:2006.11239 section 3.2, sigma^2 = beta ("fixedlarge")')
+def ancestral_large(steps: Steps) -> Table:
+    """As `ancestral`, with the forward transition's variance v."""
+    space, (_, variance) = data_space(steps), _transition(steps)
+    table = multistep(steps, space, adams_bashforth(space, orders(steps.num, 1)))
+    return dataclasses.replace(table, noise=steps.noise_level * jnp.sqrt(variance))
 
 
-def ancestral(score_fn, sde, key, x, t, s):
-    """A draw from q(x_s | x_t, x_0 = x0_hat), with its variance sigma_s^2 / sigma_t^2 v (arXiv:2006.11239 eq. 6-7).
+@_register(order=2, evaluations=1, min_steps=2, source="arXiv:2211.01095 eq. 18 (SDE-DPM-Solver++(2M))")
+def sde_dpmpp_2m(steps: Steps) -> Table:
+    """SDE-DPM-Solver++(2M): x0 over log-SNR by the midpoint rule, the noise exact. Last step of order 1 below 15 steps."""
+    space = data_space(steps)
+    return multistep(steps, space, midpoint(space, orders(steps.num, 2, taper=True)))
 
-    SMLD's ancestral sampler for VE (arXiv:2011.13456 eq. 47). Weak order 1.
+
+@_register(order=3, evaluations=1, min_steps=3, source="as sde_dpmpp_2m, with three x0")
+def sde_dpmpp_3m(steps: Steps) -> Table:
+    """SDE-DPM-Solver++(3M): order 3 in x0, the noise exact. Last steps of lower order below 15 steps."""
+    space = data_space(steps)
+    return multistep(steps, space, adams_bashforth(space, orders(steps.num, 3, taper=True)))
+
+
+@_register(order=3, evaluations=1, min_steps=3, source="arXiv:2309.05019 alg. 1, predictor and corrector of 3 steps")
+def sa_solver(steps: Steps) -> Table:
+    """SA-Solver: stochastic Adams, predictor of order 3 in x0 and a corrector that keeps the noise. The default."""
+    space, order = data_space(steps), orders(steps.num, 3, taper=True)
+    return multistep(steps, space, adams_bashforth(space, order), adams_moulton(space, order))
+
+
+@_register(order=2, evaluations=2, source="arXiv:2206.00364 alg. 2")
+def churned_heun(steps: Steps) -> Table:
+    """EDM's stochastic sampler: noise is added before a step of Heun's method, which starts from the raised noise.
+
+    log(sigma / alpha) is raised by tau^2 h, h being the step's length, not by a constant: that is the rate at which the SDE of this
+    noise level adds noise. Not raised beyond t_max.
     """
-    mean, variance = _posterior_mean(score_fn, sde, x, t, s)
-    return mean + jnp.sqrt(variance) * sde.sigma(s) / sde.sigma(t) * _noise(key, x)
-
-
-def ancestral_large(score_fn, sde, key, x, t, s):
-    """As `ancestral`, with the forward transition's variance v ("fixedlarge", sigma^2 = beta, arXiv:2006.11239 3.2)."""
-    mean, variance = _posterior_mean(score_fn, sde, x, t, s)
-    return mean + jnp.sqrt(variance) * _noise(key, x)
-
-
-METHODS = {
-    "euler_maruyama": euler_maruyama,
-    "reverse_diffusion": reverse_diffusion,
-    "ancestral": ancestral,
-    "ancestral_large": ancestral_large,
-}
+    raised = jnp.maximum(steps.half_log_snr[:-1] - steps.noise_level**2 * steps.h, steps.half_log_snr[0])
+    t = jnp.where(raised < steps.half_log_snr[:-1], steps.sde.time(2 * raised), steps.time[:-1])
+    alpha, sigma = steps.sde.alpha(t), steps.sde.sigma(t)
+    stages = heun_step(steps, t, alpha, sigma, steps.half_log_snr[1:] - raised)
+    # The end of a step is raised to the beginning of the next; the last one is left.
+    lift = jnp.append(alpha[1:], steps.alpha[-1]) / steps.alpha[1:]
+    variance = jnp.append(sigma[1:], steps.sigma[-1]) ** 2 - (lift * steps.sigma[1:]) ** 2
+    factor, coefficients = stages["moves"][1]
+    stages["moves"][1] = (lift * factor, [lift * c for c in coefficients])
+    return one_step(**stages, noise=jnp.sqrt(jnp.maximum(variance, 0.0)))
 
 
 def sample_sde(
@@ -70,13 +110,15 @@ def sample_sde(
     key: PRNGKeyArray,
     shape: tuple[int, ...],
     *,
-    method: str = "euler_maruyama",
+    method="euler_maruyama",
     num_steps: int = 1000,
-    grid: str | Float[Array, " times"] = "uniform",
+    grid: str | Float[Array, " times"] | None = None,
     t_end: float | None = None,
     init: Float[Array, "b ..."] | None = None,
     denoise: bool = True,
     return_path: bool = False,
+    noise_level: Number = 1.0,
+    sigma_data: Number | None = None,
 ):
     """Samples by the reverse SDE.
 
@@ -84,19 +126,24 @@ def sample_sde(
       score_fn: `(x (B, *event), t (B,)) -> (B, *event)`; see `as_score` for networks.
       key: draws the prior sample and the noise of all steps, at the global shape.
       shape: `(B, *event)`.
-      method: "euler_maruyama", "reverse_diffusion", "ancestral" or "ancestral_large"; one evaluation a step each.
-      num_steps: steps of the grid. Evaluations: num_steps, and one more for `denoise`.
-      grid, t_end, init, return_path: as in `sample_ode`.
+      method: a name that `sd.solvers("sde")` lists, or a function from `Steps` to a `Table` (see `samplers.linear`).
+      num_steps: steps of the grid.
+      grid, t_end, init, sigma_data: as in `sample_ode`.
       denoise: end with one posterior-mean step E[x_0 | x_{t_end}], which removes the last step's noise. False returns
         a draw from the marginal at t_end, noise included.
+      return_path: also return the states at all times of the grid, `(len(grid), B, *event)`; of "churned_heun", at the
+        raised noise.
+      noise_level: tau >= 0, from the probability-flow ODE (0) over the reverse SDE (1) to beyond; every one has the same
+        marginals.
 
     Returns:
       samples `(B, *event)`, or `(samples, path)`.
 
     Raises:
-      ValueError: as `sample_ode`, before any compilation.
+      ValueError: as `sample_ode`, before any compilation; also noise_level < 0.
     """
+    check(noise_level >= 0, f"noise_level={noise_level} must be at least 0; 0 is the ODE, 1 the reverse SDE")
     return integrate(
-        resolve(METHODS, method, "method", sde), score_fn, sde, key, shape, num_steps=num_steps, grid=grid, t_end=t_end,
-        init=init, denoise=denoise, return_path=return_path,
+        METHODS, method, score_fn, sde, key, shape, num_steps=num_steps, grid=grid, t_end=t_end, init=init, denoise=denoise,
+        return_path=return_path, sigma_data=sigma_data, noise_level=noise_level,
     )  # fmt: skip

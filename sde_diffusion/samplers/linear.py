@@ -1,0 +1,350 @@
+"""Linear samplers: a solver is a table of coefficients, and one `lax.scan` runs any of them.
+
+All fixed-grid solvers of the literature, one-step or multistep, deterministic or not, move the state by a linear
+combination of what the network has said so far. So a solver is a function from a grid (`Steps`) to a `Table`.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from sde_diffusion.losses import terminal_log_snr
+from sde_diffusion.prediction import predict
+from sde_diffusion.sde import SDE, Number, pytree_dataclass
+
+# An array of floats; under a JAX transformation, whatever leaf JAX puts in its place.
+Leaf = Any
+
+
+@pytree_dataclass
+class Table:
+    """A solver's coefficients: row i is one evaluation, at time t_i.
+
+    It keeps y_i = x0_i x0_hat + eps_i eps_hat, and moves the state to
+
+        x_{i+1} = state_i x_i + sum_{j<K} history_ij y_{i-j} + noise_i z_i,  z_i ~ N(0, I).
+
+    Attributes:
+      time: of the evaluations, `(R,)`; there are R / N rows for each of the grid's N steps.
+      x0, eps: what is kept of an evaluation, `(R,)` each.
+      state: factor of the state, `(R,)`.
+      history: factors of this evaluation and those before it, the newest first, `(R, K)`; zero where there is none.
+      noise: standard deviation of what is added, `(R,)`, or None for a deterministic solver.
+      stages: R / N, the evaluations of a step.
+    """
+
+    time: Leaf
+    x0: Leaf
+    eps: Leaf
+    state: Leaf
+    history: Leaf
+    noise: Leaf = None
+    stages: int = dataclasses.field(default=1, metadata={"static": True})
+
+
+@dataclasses.dataclass(frozen=True)
+class Steps:
+    """A decreasing time grid as a solver sees it: N steps between N + 1 times.
+
+    Attributes:
+      sde: the process.
+      time, alpha, sigma: of the grid, `(N + 1,)` each.
+      half_log_snr: log(alpha / sigma) `(N + 1,)`, at least -10: finite at zero terminal SNR as well.
+      sigma_data: standard deviation of the data.
+      noise_level: tau, from 0 (the probability-flow ODE) over 1 (the reverse SDE) to beyond; None for a deterministic solver.
+    """
+
+    sde: SDE
+    time: Float[Array, " times"]
+    alpha: Float[Array, " times"]
+    sigma: Float[Array, " times"]
+    half_log_snr: Float[Array, " times"]
+    sigma_data: Number
+    noise_level: Number
+
+    @classmethod
+    def of(cls, sde: SDE, time: Float[Array, " times"], sigma_data=0.5, noise_level=None) -> "Steps":
+        """The steps of a grid of times."""
+        log_snr = jnp.maximum(sde.log_snr(time), terminal_log_snr(sde, time.dtype))
+        return cls(sde, time, sde.alpha(time), sde.sigma(time), 0.5 * log_snr, sigma_data, noise_level)
+
+    @property
+    def num(self) -> int:
+        """N."""
+        return self.time.shape[0] - 1
+
+    @property
+    def h(self) -> Float[Array, " steps"]:
+        """Lengths of the steps in log(alpha / sigma), positive, `(N,)`."""
+        return jnp.diff(self.half_log_snr)
+
+    def between(self, fraction: float):
+        """(time, alpha, sigma) where each step has done this fraction of its length in log(alpha / sigma), `(N,)` each."""
+        time = self.sde.time(2 * (self.half_log_snr[:-1] + fraction * self.h))
+        return time, self.sde.alpha(time), self.sde.sigma(time)
+
+
+# A space is a variable u in which the solution of the ODE or SDE is an integral of some y, kept of each evaluation:
+#     x_s = factor x_t + scale * integral of kernel(u) y(u) du from u_t to u_s + noise z.
+
+
+@dataclasses.dataclass(frozen=True)
+class Space:
+    """The variable in which a multistep solver interpolates.
+
+    Attributes:
+      x0, eps: y = x0 x0_hat + eps eps_hat at each time of the grid, `(N + 1,)`.
+      length: u_{i+1} - u_i, `(N,)`.
+      factor, scale: of each step, `(N,)`.
+      rate: the kernel of step i at distance r before its end is exp(-rate r).
+      noise: standard deviation of what each step adds, `(N,)`, or None.
+    """
+
+    x0: Float[Array, " times"]
+    eps: Float[Array, " times"]
+    length: Float[Array, " steps"]
+    factor: Float[Array, " steps"]
+    scale: Float[Array, " steps"]
+    rate: Number
+    noise: Float[Array, " steps"] | None = None
+
+
+def data_space(steps: Steps) -> Space:
+    """x_0 over log(alpha / sigma), for any noise level (arXiv:2211.01095 eq. 8; arXiv:2309.05019 eq. 14).
+
+    x_s = sigma_s / sigma_t e^(-tau^2 h) x_t + alpha_s (1 + tau^2) int e^(-(1 + tau^2)(l_s - l)) x0 dl
+    + sigma_s sqrt(1 - e^(-2 tau^2 h)) z.
+    """
+    one, h, shrink = jnp.ones_like(steps.time), steps.h, steps.sigma[1:] / steps.sigma[:-1]
+    if steps.noise_level is None:
+        return Space(one, 0 * one, h, shrink, steps.alpha[1:], 1.0)
+    tau2 = jnp.asarray(steps.noise_level, h.dtype) ** 2
+    factor = shrink * jnp.exp(-tau2 * h)
+    noise = steps.sigma[1:] * jnp.sqrt(-jnp.expm1(-2 * tau2 * h))
+    return Space(one, 0 * one, h, factor, steps.alpha[1:] * (1 + tau2), 1 + tau2, noise)
+
+
+def noise_space(steps: Steps) -> Space:
+    """eps over log(alpha / sigma): x_s / alpha_s = x_t / alpha_t - int e^(-l) eps dl (arXiv:2206.00927 eq. 3.4)."""
+    one = jnp.ones_like(steps.time)
+    factor = steps.alpha[1:] / steps.alpha[:-1]
+    return Space(0 * one, one, steps.h, factor, -steps.sigma[1:], -1.0)
+
+
+def sigma_space(steps: Steps) -> Space:
+    """eps over sigma / alpha: d(x / alpha) = eps d(sigma / alpha) (arXiv:2206.00364 eq. 4)."""
+    one = jnp.ones_like(steps.time)
+    ratio = steps.sigma / steps.alpha
+    length = ratio[:-1] * jnp.expm1(-steps.h)
+    return Space(0 * one, one, length, steps.alpha[1:] / steps.alpha[:-1], steps.alpha[1:], 0.0)
+
+
+def velocity(alpha, sigma, s):
+    """(x0, eps) of v = cos(theta) eps - sin(theta) x0 / s, and c = sqrt(alpha^2 s^2 + sigma^2)."""
+    c = jnp.sqrt((alpha * s) ** 2 + sigma**2)
+    return (-sigma / (c * s), alpha * s / c), c
+
+
+def angle_space(steps: Steps) -> Space:
+    """v over the angle theta = arctan(sigma / (alpha s)), s the standard deviation of the data.
+
+    With c = sqrt(alpha^2 s^2 + sigma^2), d(x / c) = v dtheta and v = cos(theta) eps - sin(theta) x0 / s: the ODE has no
+    linear part left, v has unit variance at every noise level, and on N(0, s^2 I) it is zero.
+    """
+    s, alpha, sigma = steps.sigma_data, steps.alpha, steps.sigma
+    (x0, eps), c = velocity(alpha, sigma, s)
+    # From the sine and cosine of the difference: arctan of large sigma would lose its digits. At zero SNR h is inf.
+    h = jnp.diff(0.5 * steps.sde.log_snr(steps.time))
+    sine = s * alpha[1:] * sigma[:-1] * jnp.expm1(-h)
+    length = jnp.arctan2(sine, sigma[:-1] * sigma[1:] + s**2 * alpha[:-1] * alpha[1:])
+    return Space(x0, eps, length, c[1:] / c[:-1], c[1:], 0.0)
+
+
+_NODES, _WEIGHTS = (0.5 * a for a in np.polynomial.legendre.leggauss(24))
+
+
+def _weights(space: Space, nodes: Float[Array, "steps nodes"], known) -> Float[Array, "steps nodes"]:
+    """scale * the integral of the kernel times each node's Lagrange polynomial, over every step.
+
+    nodes: u_node - u_i of each step i, of which the ones in `known` `(N, K)` count.
+    """
+    length = space.length[:, None, None]
+    fraction = jnp.asarray(0.5 + _NODES, length.dtype)[None, None, :]  # quadrature points, on the last axis
+    points = fraction * length
+    kernel = jnp.asarray(_WEIGHTS, length.dtype)[None, None, :] * length * jnp.exp(-space.rate * (1 - fraction) * length)
+    # (u - u_m) / (u_j - u_m) for step, j, m, point; 1 where it does not count.
+    other = known[:, None, :] & known[:, :, None] & ~jnp.eye(nodes.shape[1], dtype=bool)[None]
+    apart = jnp.where(other, nodes[:, :, None] - nodes[:, None, :], 1.0)
+    factors = jnp.where(other[..., None], (points[:, None] - nodes[:, None, :, None]) / apart[..., None], 1.0)
+    return jnp.where(known, space.scale[:, None] * (kernel * factors.prod(axis=2)).sum(axis=2), 0.0)
+
+
+def _nodes(space: Space, num: int) -> Float[Array, "steps num"]:
+    """u_{i - j} - u_i for j < num; what lies before the grid is not known, and masked by the caller."""
+    length = jnp.concatenate([jnp.zeros(num, space.length.dtype), space.length])
+    index = jnp.arange(space.length.shape[0])[:, None] + num - jnp.arange(1, num)[None]
+    return jnp.pad(-jnp.cumsum(length[index], axis=1), ((0, 0), (1, 0)))
+
+
+def orders(num: int, order: int, taper: bool = False) -> np.ndarray:
+    """The order of each of `num` steps `(num,)`: rising from 1 at the start; with `taper` also falling to 1 at the end
+    of runs of fewer than 15 steps, whose last step would extrapolate far (arXiv:2211.01095 section 5)."""
+    i = np.arange(num)
+    return np.minimum(np.minimum(order, i + 1), num - i if taper and num < 15 else order)
+
+
+def adams_bashforth(space: Space, order: np.ndarray) -> Float[Array, "steps order"]:
+    """History factors of the explicit multistep method: y interpolated at the last `order` times, given for each step."""
+    num = int(order.max())
+    return _weights(space, _nodes(space, num), np.arange(num)[None] < order[:, None])
+
+
+def adams_moulton(space: Space, order: np.ndarray) -> Float[Array, "steps nodes"]:
+    """History factors of the implicit one: y interpolated at the end of the step, which comes first, and at the last
+    `order` times. Of order `order` + 1."""
+    num = int(order.max())
+    nodes = jnp.concatenate([space.length[:, None], _nodes(space, num)], axis=1)
+    return _weights(space, nodes, np.arange(num + 1)[None] < order[:, None] + 1)
+
+
+def midpoint(space: Space, order: np.ndarray) -> Float[Array, "steps 2"]:
+    """As `adams_bashforth` of order 2, with y taken half-way through the step: bounded where steps grow."""
+    first = adams_bashforth(space, np.ones_like(order))[:, 0]
+    slope = 0.5 * space.length[1:] / space.length[:-1]
+    slope = jnp.where(order == 2, jnp.pad(slope, (1, 0)), 0.0)
+    return first[:, None] * jnp.stack([1 + slope, -slope], axis=1)
+
+
+def multistep(
+    steps: Steps, space: Space, explicit: Float[Array, "steps p"], implicit: Float[Array, "steps q"] | None = None
+) -> Table:
+    """The table of an explicit method; with an implicit one, every step is redone once its end has been evaluated.
+
+    The corrector costs no evaluation: y at the predicted end serves the correction and the next step (PEC). It moves
+    the state by (implicit - explicit) y, which folds into the next row.
+    """
+    history = explicit
+    if implicit is not None:
+        num = max(explicit.shape[1] + 1, implicit.shape[1])
+
+        def widen(a, before):
+            return jnp.pad(a, ((0, 0), (before, num - before - a.shape[1])))
+
+        # Row i corrects the step that ended at t_i, where y_{i-1} was the explicit method's newest.
+        correction = (widen(implicit, 0) - widen(explicit, 1))[:-1]
+        history = widen(explicit, 0) + space.factor[:, None] * jnp.pad(correction, ((1, 0), (0, 0)))
+    return Table(steps.time[:-1], space.x0[:-1], space.eps[:-1], space.factor, history, space.noise)
+
+
+def one_step(times, kept, moves, noise=None) -> Table:
+    """The table of a method of S evaluations a step that starts anew at each step, from its textbook form.
+
+    Args:
+      times: of the S evaluations, `(N,)` each.
+      kept: (x0, eps) of each: y = x0 x0_hat + eps eps_hat, `(N,)` each.
+      moves: S pairs (factor, [coefficients of y_1 ... y_k]): the states of the evaluations 2 to S, and the end of the
+        step, as factor x + sum of coefficients times y, where x is the state at the step's beginning.
+      noise: standard deviation of what is added at the end of the step, `(N,)`.
+    """
+    num, zero = len(moves), jnp.zeros_like(times[0])
+
+    def rows(columns):
+        return jnp.stack([c + zero for c in columns], axis=1).reshape(-1)
+
+    states, history, factor, before = [], [], 1.0, []
+    for total, coefficients in moves:
+        # From the state of the evaluation before, not from the step's beginning.
+        states.append(total / factor)
+        row = [c - states[-1] * b for c, b in zip(coefficients, [*before, 0.0])][::-1]
+        history.append(jnp.stack([c + zero for c in row + [0.0] * (num - len(row))], axis=1))
+        factor, before = total, coefficients
+    x0, eps = zip(*kept)
+    noise = None if noise is None else rows([0.0] * (num - 1) + [noise])
+    return Table(rows(times), rows(x0), rows(eps), rows(states), jnp.stack(history, axis=1).reshape(-1, num), noise, num)
+
+
+def run(table: Table, score_fn, sde, key, x, t_end, *, correct=None, denoise=True, return_path=False) -> Any:
+    """Carries x `(B, *event)` along the rows of a table, with one `lax.scan` over them.
+
+    Args:
+      t_end: the time at which the last row ends.
+      correct: `(key, x, t) -> x`, applied to the state at the end of each step.
+      denoise: one evaluation more: the result is x0_hat at t_end.
+    """
+    if denoise:
+        last = Table(t_end, 1.0, 0.0, 0.0, np.eye(table.history.shape[1])[0], None if table.noise is None else 0.0, table.stages)
+        table = jax.tree.map(lambda a, b: jnp.concatenate([a, jnp.asarray(b, a.dtype)[None]]), table, last)
+    num = table.time.shape[0]
+    index = jnp.arange(num)
+    step_done = ((index + 1) % table.stages == 0) & (index < num - denoise)
+
+    # Recomputed under grad: the memory of a gradient is that of the states, not of the network's insides.
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def body(carry, inputs):
+        x, past = carry
+        row, index, done, s = inputs
+        key_noise, key_correct = jax.random.split(jax.random.fold_in(key, index))
+        x0, eps = predict(score_fn, sde, x, row.time)
+        past = jnp.concatenate([(row.x0 * x0 + row.eps * eps).astype(x.dtype)[None], past[:-1]])
+        y = row.state * x + jnp.tensordot(row.history, past, 1, precision="highest")
+        if row.noise is not None:
+            y = y + row.noise * jax.random.normal(key_noise, x.shape, x.dtype)
+        y = y.astype(x.dtype)
+        if correct is not None:
+            y = jax.lax.cond(done, lambda y: correct(key_correct, y, s), lambda y: y, y)
+        return (y, past), (y if return_path else None)
+
+    past = jnp.zeros((table.history.shape[1], *x.shape), x.dtype)
+    inputs = (table, index, step_done, jnp.append(table.time[1:], t_end))
+    (end, _), path = jax.lax.scan(body, (x, past), inputs)
+    if not return_path:
+        return end
+    return end, jnp.concatenate([x[None], path[table.stages - 1 : num - denoise : table.stages]])
+
+
+@dataclasses.dataclass(frozen=True)
+class Solver:
+    """A named solver: a function from `Steps` to a `Table`, and its fact sheet.
+
+    Attributes:
+      order: of convergence; for stochastic ones of the moments (weak order) at noise level 1.
+      evaluations: of the network, per step; a multistep method needs no more to start up.
+      source: the paper, with its equation or algorithm.
+      min_steps: fewest steps with which it makes sense: a multistep method's order.
+      zero_snr: whether it can start where alpha = 0.
+      stochastic: whether it has a noise level.
+      grid: the name of its usual grid.
+    """
+
+    table: Callable[[Steps], Table]
+    order: int
+    evaluations: int
+    source: str
+    min_steps: int = 1
+    zero_snr: bool = True
+    stochastic: bool = False
+    grid: str = "student"
+
+    def __call__(self, steps: Steps) -> Table:
+        return self.table(steps)
+
+    @property
+    def summary(self) -> str:
+        """The first line of the function's docstring."""
+        return self.table.__doc__.partition("\n")[0]
+
+
+def register(methods: dict, **facts):
+    """A decorator that enters a function from `Steps` to a `Table` into a dict of solvers, under its own name."""
+
+    def enter(table):
+        methods[table.__name__] = Solver(table, **facts)
+        return table
+
+    return enter
