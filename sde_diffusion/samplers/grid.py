@@ -31,13 +31,12 @@ def _edm(sde, t0, t1, u, s, rho=7.0):
     return sde.time(-2 * rho * jnp.log(first + (last - first) * u))
 
 
-def _student(sde, t0, t1, u, s, centre=0.8, width=1.8):
-    # The distribution function of Student's t with 2 degrees of freedom is (1 + z / sqrt(2 + z^2)) / 2.
-    z0, z1 = ((-0.5 * log_snr - jnp.log(centre * s)) / width for log_snr in (terminal_log_snr(sde, u.dtype), sde.log_snr(t1)))
-    w0, w1 = (z / jnp.sqrt(2 + z**2) for z in (z0, z1))
-    w = w0 + (w1 - w0) * u
-    z = w * jnp.sqrt(2 / (1 - w**2))
-    return sde.time(-2 * (width * z + jnp.log(centre * s)))
+def _student(sde, t0, t1, u, s, width=1.8):
+    # z = log(sigma / (alpha s)) / width; the distribution function of Student's t is (1 + z / sqrt(2 + z^2)) / 2.
+    ends = (-(0.5 * log_snr + jnp.log(s)) / width for log_snr in (terminal_log_snr(sde, u.dtype), sde.log_snr(t1)))
+    first, last = (z / jnp.sqrt(2 + z**2) for z in ends)
+    q = first + (last - first) * u
+    return sde.time(-2 * (width * q * jnp.sqrt(2 / (1 - q**2)) + jnp.log(s)))
 
 
 # (sde, first time, last time, u in [0, 1], standard deviation of the data) -> times.
@@ -49,8 +48,8 @@ def time_grid(
 ) -> Float[Array, " times"]:
     """num_steps + 1 decreasing times from `sde.t_max` to t_end (`sde.t_min` by default).
 
-    kind: "student", the default: log(sigma / alpha) at equal quantiles of a Student t distribution around the data's standard
-    deviation, so that most steps lie where the data takes shape; "edm": uniform in (sigma / alpha)^(1/7)
+    kind: "student", the default: log(sigma / alpha) at equal quantiles of Student's t distribution (2 degrees of freedom,
+    scale 1.8) around log sigma_data, so that most steps lie where the data takes shape; "edm": uniform in (sigma / alpha)^(1/7)
     (arXiv:2206.00364 eq. 5); "log_snr": uniform in lambda (arXiv:2206.00927 section 3.2); "uniform" in t;
     "quadratic": uniform in sqrt(t) (arXiv:2010.02502 appendix D.2).
     sigma_data: the standard deviation of the data, for "student".

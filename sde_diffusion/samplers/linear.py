@@ -90,99 +90,113 @@ class Steps:
         return time, self.sde.alpha(time), self.sde.sigma(time)
 
 
-# A space is a variable u in which the solution of the ODE or SDE is an integral of some y, kept of each evaluation:
-#     x_s = factor x_t + scale * integral of kernel(u) y(u) du from u_t to u_s + noise z.
-
-
 @dataclasses.dataclass(frozen=True)
 class Space:
-    """The variable in which a multistep solver interpolates.
+    """What a multistep method integrates: x_s = factor x_t + integral of y over the step + noise z.
+
+    y is one linear combination of x0_hat and eps_hat, interpolated by a polynomial in a variable u.
 
     Attributes:
       x0, eps: y = x0 x0_hat + eps eps_hat at each time of the grid, `(N + 1,)`.
+      factor: of the state in each step, `(N,)`.
       length: u_{i+1} - u_i, `(N,)`.
-      factor, scale: of each step, `(N,)`.
-      rate: the kernel of step i at distance r before its end is exp(-rate r).
+      points: u - u_i at the quadrature points of each step, `(N, G)`.
+      weights: of the points, with the measure of the integral, `(N, G)`.
       noise: standard deviation of what each step adds, `(N,)`, or None.
     """
 
     x0: Float[Array, " times"]
     eps: Float[Array, " times"]
-    length: Float[Array, " steps"]
     factor: Float[Array, " steps"]
-    scale: Float[Array, " steps"]
-    rate: Number
+    length: Float[Array, " steps"]
+    points: Float[Array, "steps points"]
+    weights: Float[Array, "steps points"]
     noise: Float[Array, " steps"] | None = None
 
 
+def _quadrature(length: Float[Array, " steps"]) -> tuple[Float[Array, "steps points"], Float[Array, "steps points"]]:
+    """Points from 0 to each length, and their weights, `(N, G)`: Gauss-Legendre, exact to rounding for what is here."""
+    nodes, weights = (jnp.asarray(0.5 * a, length.dtype)[None] for a in np.polynomial.legendre.leggauss(24))
+    return (0.5 + nodes) * length[:, None], weights * length[:, None]
+
+
 def data_space(steps: Steps) -> Space:
-    """x_0 over log(alpha / sigma), for any noise level (arXiv:2211.01095 eq. 8; arXiv:2309.05019 eq. 14).
+    """x0 over l = log(alpha / sigma), for any noise level (arXiv:2211.01095 eq. 8; arXiv:2309.05019 eq. 14).
 
     x_s = sigma_s / sigma_t e^(-tau^2 h) x_t + alpha_s (1 + tau^2) int e^(-(1 + tau^2)(l_s - l)) x0 dl
     + sigma_s sqrt(1 - e^(-2 tau^2 h)) z.
     """
     one, h, shrink = jnp.ones_like(steps.time), steps.h, steps.sigma[1:] / steps.sigma[:-1]
-    if steps.noise_level is None:
-        return Space(one, 0 * one, h, shrink, steps.alpha[1:], 1.0)
-    tau2 = jnp.asarray(steps.noise_level, h.dtype) ** 2
-    factor = shrink * jnp.exp(-tau2 * h)
-    noise = steps.sigma[1:] * jnp.sqrt(-jnp.expm1(-2 * tau2 * h))
-    return Space(one, 0 * one, h, factor, steps.alpha[1:] * (1 + tau2), 1 + tau2, noise)
+    tau2 = jnp.asarray(0.0 if steps.noise_level is None else steps.noise_level, h.dtype) ** 2
+    points, weights = _quadrature(h)
+    kernel = steps.alpha[1:, None] * (1 + tau2) * jnp.exp((1 + tau2) * (points - h[:, None]))
+    noise = None if steps.noise_level is None else steps.sigma[1:] * jnp.sqrt(-jnp.expm1(-2 * tau2 * h))
+    return Space(one, 0 * one, shrink * jnp.exp(-tau2 * h), h, points, weights * kernel, noise)
 
 
 def noise_space(steps: Steps) -> Space:
-    """eps over log(alpha / sigma): x_s / alpha_s = x_t / alpha_t - int e^(-l) eps dl (arXiv:2206.00927 eq. 3.4)."""
-    one = jnp.ones_like(steps.time)
-    factor = steps.alpha[1:] / steps.alpha[:-1]
-    return Space(0 * one, one, steps.h, factor, -steps.sigma[1:], -1.0)
+    """eps over l = log(alpha / sigma): x_s / alpha_s = x_t / alpha_t - int e^(-l) eps dl (arXiv:2206.00927 eq. 3.4)."""
+    one, h = jnp.ones_like(steps.time), steps.h
+    points, weights = _quadrature(h)
+    kernel = -steps.sigma[1:, None] * jnp.exp(h[:, None] - points)
+    return Space(0 * one, one, steps.alpha[1:] / steps.alpha[:-1], h, points, weights * kernel)
 
 
 def sigma_space(steps: Steps) -> Space:
     """eps over sigma / alpha: d(x / alpha) = eps d(sigma / alpha) (arXiv:2206.00364 eq. 4)."""
-    one = jnp.ones_like(steps.time)
-    ratio = steps.sigma / steps.alpha
+    one, ratio = jnp.ones_like(steps.time), steps.sigma / steps.alpha
     length = ratio[:-1] * jnp.expm1(-steps.h)
-    return Space(0 * one, one, length, steps.alpha[1:] / steps.alpha[:-1], steps.alpha[1:], 0.0)
+    points, weights = _quadrature(length)
+    return Space(0 * one, one, steps.alpha[1:] / steps.alpha[:-1], length, points, weights * steps.alpha[1:, None])
 
 
-def velocity(alpha, sigma, s):
-    """(x0, eps) of v = cos(theta) eps - sin(theta) x0 / s, and c = sqrt(alpha^2 s^2 + sigma^2)."""
+def residual(alpha, sigma, s):
+    """(x0, eps) of w = eps - sin(theta) x / c, what eps is more than for N(0, s^2 I), and c = sqrt(alpha^2 s^2 + sigma^2).
+
+    theta = arctan(sigma / (alpha s)); w = cos(theta)^2 eps - sin(theta) cos(theta) x0 / s.
+    """
     c = jnp.sqrt((alpha * s) ** 2 + sigma**2)
-    return (-sigma / (c * s), alpha * s / c), c
+    sine, cosine = sigma / c, alpha * s / c
+    return (-sine * cosine / s, cosine**2), c
 
 
 def angle_space(steps: Steps) -> Space:
-    """v over the angle theta = arctan(sigma / (alpha s)), s the standard deviation of the data.
+    """w over the angle theta: the project's own.
 
-    With c = sqrt(alpha^2 s^2 + sigma^2), d(x / c) = v dtheta and v = cos(theta) eps - sin(theta) x0 / s: the ODE has no
-    linear part left, v has unit variance at every noise level, and on N(0, s^2 I) it is zero.
+    With s the standard deviation of the data, theta = arctan(sigma / (alpha s)), c = sqrt(alpha^2 s^2 + sigma^2) and
+    w = eps - sin(theta) x / c, the ODE is d(x / c) = w dtheta / cos(theta) = w dzeta, zeta = asinh(tan theta). No linear part
+    is left, w vanishes on N(0, s^2 I), and its scale is that of the error of a network that predicts eps. Data that
+    is not centred makes w proportional to cos(theta) at high noise, a network's bias makes it constant, and at low noise
+    theta is sigma / (alpha s): a polynomial in theta follows all three.
     """
-    s, alpha, sigma = steps.sigma_data, steps.alpha, steps.sigma
-    (x0, eps), c = velocity(alpha, sigma, s)
-    # From the sine and cosine of the difference: arctan of large sigma would lose its digits. At zero SNR h is inf.
-    h = jnp.diff(0.5 * steps.sde.log_snr(steps.time))
-    sine = s * alpha[1:] * sigma[:-1] * jnp.expm1(-h)
-    length = jnp.arctan2(sine, sigma[:-1] * sigma[1:] + s**2 * alpha[:-1] * alpha[1:])
-    return Space(x0, eps, length, c[1:] / c[:-1], c[1:], 0.0)
+    s = steps.sigma_data
+    (x0, eps), c = residual(steps.alpha, steps.sigma, s)
+    zeta = jnp.arcsinh(jnp.exp(-steps.half_log_snr) / s)
+    points, weights = _quadrature(jnp.diff(zeta))
 
+    def turned(zeta):
+        """theta - theta_i from zeta - zeta_i `(N, ...)`: by the sine of the difference, arctan would lose its digits."""
+        start = zeta_start[:, None] if zeta.ndim > 1 else zeta_start
+        end = start + zeta
+        sine = 2 * jnp.cosh(start + 0.5 * zeta) * jnp.sinh(0.5 * zeta) / (jnp.cosh(start) * jnp.cosh(end))
+        return jnp.arctan2(sine, jnp.tanh(start) * jnp.tanh(end) + 1 / (jnp.cosh(start) * jnp.cosh(end)))
 
-_NODES, _WEIGHTS = (0.5 * a for a in np.polynomial.legendre.leggauss(24))
+    zeta_start = zeta[:-1]
+    return Space(x0, eps, c[1:] / c[:-1], turned(jnp.diff(zeta)), turned(points), weights * c[1:, None])
 
 
 def _weights(space: Space, nodes: Float[Array, "steps nodes"], known) -> Float[Array, "steps nodes"]:
-    """scale * the integral of the kernel times each node's Lagrange polynomial, over every step.
+    """The integral of each node's Lagrange polynomial over every step.
 
     nodes: u_node - u_i of each step i, of which the ones in `known` `(N, K)` count.
     """
-    length = space.length[:, None, None]
-    fraction = jnp.asarray(0.5 + _NODES, length.dtype)[None, None, :]  # quadrature points, on the last axis
-    points = fraction * length
-    kernel = jnp.asarray(_WEIGHTS, length.dtype)[None, None, :] * length * jnp.exp(-space.rate * (1 - fraction) * length)
     # (u - u_m) / (u_j - u_m) for step, j, m, point; 1 where it does not count.
-    other = known[:, None, :] & known[:, :, None] & ~jnp.eye(nodes.shape[1], dtype=bool)[None]
+    other = known[:, None, :] & known[:, :, None] & ~np.eye(nodes.shape[1], dtype=bool)[None]
     apart = jnp.where(other, nodes[:, :, None] - nodes[:, None, :], 1.0)
-    factors = jnp.where(other[..., None], (points[:, None] - nodes[:, None, :, None]) / apart[..., None], 1.0)
-    return jnp.where(known, space.scale[:, None] * (kernel * factors.prod(axis=2)).sum(axis=2), 0.0)
+    factors = jnp.where(
+        other[..., None], (space.points[:, None, None, :] - nodes[:, None, :, None]) / apart[..., None], 1.0
+    )
+    return jnp.where(known, (space.weights[:, None, :] * factors.prod(axis=2)).sum(axis=2), 0.0)
 
 
 def _nodes(space: Space, num: int) -> Float[Array, "steps num"]:

@@ -7,13 +7,13 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from sde_diffusion.samplers.integrate import integrate
 from sde_diffusion.samplers.linear import (
     Solver, Steps, Table, adams_bashforth, adams_moulton, angle_space, data_space, midpoint, multistep, noise_space,
-    one_step, orders, register, sigma_space, velocity,
+    one_step, orders, register, residual, sigma_space,
 )  # fmt: skip
 from sde_diffusion.sde import SDE, Number, derivative
 
 METHODS: dict[str, Solver] = {}
 
-# Adams-Bashforth as predictor and Adams-Moulton as corrector, for v over the angle: the project's own.
+# Adams-Bashforth as predictor and Adams-Moulton as corrector, for w over the angle (`linear.angle_space`): the project's own.
 
 
 def _adams(steps, order):
@@ -39,9 +39,9 @@ def adams_3(steps: Steps) -> Table:
     return _adams(steps, 3)
 
 
-@register(METHODS, order=4, evaluations=1, min_steps=4, source="linear.angle_space; v of arXiv:2410.11081 eq. 3")
+@register(METHODS, order=4, evaluations=1, min_steps=4, source="linear.angle_space")
 def adams_4(steps: Steps) -> Table:
-    """Multistep predictor and corrector for v over the angle arctan(sigma / alpha s): for 15 evaluations and more.
+    """Multistep predictor and corrector for w over the angle arctan(sigma / (alpha s)): for 15 evaluations and more.
 
     Adams-Bashforth predicts a step, Adams-Moulton redoes it once its end has been evaluated for the next (PEC). Orders
     rise from 1 at the start; the last step is not corrected. Needs the data's standard deviation s, roughly.
@@ -204,15 +204,14 @@ def heun_step(steps: Steps, t, alpha, sigma, h):
     return dict(times=[t, steps.time[1:]], kept=kept, moves=[(factor, [first]), (factor, end)])
 
 
-@register(METHODS, order=4, evaluations=4, source="Kutta 1901, for v over the angle as in adams_4")
+@register(METHODS, order=4, evaluations=4, source="Kutta 1901; linear.angle_space")
 def rk4(steps: Steps) -> Table:
-    """The classical Runge-Kutta method."""
-    s, space = steps.sigma_data, angle_space(steps)
-    angle = jnp.arctan2(steps.sigma[:-1], s * steps.alpha[:-1]) + 0.5 * space.length
-    middle = steps.sde.time(-2 * jnp.log(s * jnp.tan(angle)))
-    start, end = velocity(steps.alpha[:-1], steps.sigma[:-1], s), velocity(steps.alpha[1:], steps.sigma[1:], s)
-    inside = velocity(steps.sde.alpha(middle), steps.sde.sigma(middle), s)
-    c, a, b, d = start[1], inside[1], end[1], space.length
+    """The classical Runge-Kutta method, for d(x / c) = w dzeta as in adams_4."""
+    s, zeta = steps.sigma_data, jnp.arcsinh(jnp.exp(-steps.half_log_snr) / steps.sigma_data)
+    middle = steps.sde.time(-2 * jnp.log(s * jnp.sinh(0.5 * (zeta[1:] + zeta[:-1]))))
+    start, end = residual(steps.alpha[:-1], steps.sigma[:-1], s), residual(steps.alpha[1:], steps.sigma[1:], s)
+    inside = residual(steps.sde.alpha(middle), steps.sde.sigma(middle), s)
+    c, a, b, d = start[1], inside[1], end[1], jnp.diff(zeta)
     return one_step(
         times=[steps.time[:-1], middle, middle, steps.time[1:]],
         kept=[start[0], inside[0], inside[0], end[0]],
