@@ -14,9 +14,9 @@ def get_config():
         data=dict(name="gaussian_mixture_2d"),
         sde=dict(name="vp"),
         model=dict(name="mlp", width=128, depth=3, embedding_scale=10.0),
-        prediction=dict(kind="v", noise_label="log_snr"),
+        prediction=dict(kind="v", noise_label="log_snr", sigma_data=1.0),
         optim=dict(lr=1e-3, warmup_steps=200, ema_decay=0.999),
         train=dict(batch_size=512, num_steps=5000, log_every=100, sample_every=2500, checkpoint_every=2500),
-        sample=dict(num=2000, batch_size=2000, num_steps=32),
+        sample=dict(num=2000, batch_size=2000, num_steps=20),
         eval=dict(batch_size=2000, rtol=1e-4, atol=1e-4),
     )

@@ -18,10 +18,10 @@ def get_config():
         model=dict(
             name="unet", channels=16, multipliers=(1, 2), num_blocks=1, embedding_scale=10.0, input_fourier=(3, 4)
         ),
-        prediction=dict(kind="eps", noise_label="log_snr"),
+        prediction=dict(kind="eps", noise_label="log_snr", sigma_data=0.75),
         loss=dict(name="weighted", weight="elbo", times="log_snr"),
         optim=dict(lr=1e-3, warmup_steps=200, grad_clip=1.0, ema_decay=0.998),
         train=dict(batch_size=64, num_steps=2500, log_every=50, sample_every=500, checkpoint_every=500),
-        sample=dict(num=300, batch_size=100, num_steps=18),
+        sample=dict(num=300, batch_size=100, num_steps=15),
         eval=dict(batch_size=297, rtol=1e-2, atol=1e-2, gaussian_mixture=True),
     )

@@ -18,12 +18,12 @@ def get_config():
             attention=(7,),
             embedding_scale=10.0,
         ),
-        prediction=dict(kind="eps", noise_label="log_snr"),
+        prediction=dict(kind="eps", noise_label="log_snr", sigma_data=0.6),
         loss=dict(name="weighted", weight="elbo", times="log_snr"),
         optim=dict(lr=5e-4, warmup_steps=500, ema_decay=0.9995),
         train=dict(
             batch_size=128, num_steps=50_000, log_every=50, sample_every=1000, checkpoint_every=1000
         ),
-        sample=dict(num=1024, batch_size=256, num_steps=32),
+        sample=dict(num=1024, batch_size=256, num_steps=20),
         eval=dict(batch_size=256, rtol=1e-2, atol=1e-2, t_end=1e-5),
     )

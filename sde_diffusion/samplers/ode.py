@@ -23,19 +23,19 @@ def _adams(steps, order):
 
 @register(METHODS, order=4, evaluations=1, source="as adams_4")
 def adams(steps: Steps) -> Table:
-    """The default, for any number of evaluations: adams_2 below 9 steps, adams_3 below 15, adams_4 from there on."""
-    return _adams(steps, 2 if steps.num < 9 else 3 if steps.num < 15 else 4)
+    """The default, for any number of evaluations: adams_2 below 8 steps, adams_3 below 15, adams_4 from there on."""
+    return _adams(steps, 2 if steps.num < 8 else 3 if steps.num < 15 else 4)
 
 
 @register(METHODS, order=2, evaluations=1, min_steps=2, source="as adams_4")
 def adams_2(steps: Steps) -> Table:
-    """adams_4 with order 2: for 5 to 8 evaluations."""
+    """adams_4 with order 2: for 5 to 7 evaluations."""
     return _adams(steps, 2)
 
 
 @register(METHODS, order=3, evaluations=1, min_steps=3, source="as adams_4")
 def adams_3(steps: Steps) -> Table:
-    """adams_4 with order 3: for 9 to 14 evaluations."""
+    """adams_4 with order 3: for 8 to 14 evaluations."""
     return _adams(steps, 3)
 
 
