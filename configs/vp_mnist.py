@@ -18,7 +18,7 @@ def get_config():
             attention=(7,),
             embedding_scale=10.0,
         ),
-        prediction=dict(kind="eps", noise_label="log_snr", sigma_data=0.6),
+        prediction=dict(kind="edm", noise_label="log_snr", sigma_data=0.6),
         loss=dict(name="weighted", weight="elbo", times="log_snr"),
         optim=dict(lr=5e-4, warmup_steps=500, ema_decay=0.9995),
         train=dict(

@@ -31,7 +31,9 @@ def _edm(sde, t0, t1, u, s, rho=7.0):
     return sde.time(-2 * rho * jnp.log(first + (last - first) * u))
 
 
-def _student(sde, t0, t1, u, s, width=1.8):
+def _student(sde, t0, t1, u, s):
+    # Narrow for few steps, which must all lie where they matter most.
+    width = min(max(1.2 + 0.06 * (len(u) - 1), 1.8), 2.4)
     # z = log(sigma / (alpha s)) / width; the distribution function of Student's t is (1 + z / sqrt(2 + z^2)) / 2.
     ends = (-(0.5 * log_snr + jnp.log(s)) / width for log_snr in (terminal_log_snr(sde, u.dtype), sde.log_snr(t1)))
     first, last = (z / jnp.sqrt(2 + z**2) for z in ends)
@@ -49,7 +51,7 @@ def time_grid(
     """num_steps + 1 decreasing times from `sde.t_max` to t_end (`sde.t_min` by default).
 
     kind: "student", the default: log(sigma / alpha) at equal quantiles of Student's t distribution (2 degrees of freedom,
-    scale 1.8) around log sigma_data, so that most steps lie where the data takes shape; "edm": uniform in (sigma / alpha)^(1/7)
+    scale 1.8 below 10 steps, rising to 2.4 for 20 and more) around log sigma_data, so that most steps lie where the data takes shape; "edm": uniform in (sigma / alpha)^(1/7)
     (arXiv:2206.00364 eq. 5); "log_snr": uniform in lambda (arXiv:2206.00927 section 3.2); "uniform" in t;
     "quadratic": uniform in sqrt(t) (arXiv:2010.02502 appendix D.2).
     sigma_data: the standard deviation of the data, for "student".
