@@ -1,8 +1,11 @@
-"""Samplers: time grids, one loop, and one step function for each algorithm."""
+"""Samplers: time grids, one loop, and a table of coefficients for each algorithm."""
 
+from sde_diffusion.samplers.adaptive import sample_adaptive
+from sde_diffusion.samplers.catalogue import solvers
 from sde_diffusion.samplers.grid import time_grid
+from sde_diffusion.samplers.learned import LearnedSolver, fit_solver
 from sde_diffusion.samplers.ode import sample_ode
 from sde_diffusion.samplers.pc import sample_pc
 from sde_diffusion.samplers.sde import sample_sde
 
-__all__ = ["sample_ode", "sample_pc", "sample_sde", "time_grid"]
+__all__ = ["LearnedSolver", "fit_solver", "sample_adaptive", "sample_ode", "sample_pc", "sample_sde", "solvers", "time_grid"]

@@ -22,6 +22,11 @@ def integrate(
     if sigma_data is None:
         sigma_data = getattr(score_fn, "sigma_data", 0.5)
     check(sigma_data > 0, f"sigma_data={sigma_data} must be positive: the standard deviation of the data")
+    if hasattr(solver, "times"):
+        solver.check(sde)
+        if not (num_steps is None and grid is None and t_end is None):
+            raise ValueError("a fitted solver has its own times: drop num_steps, grid and t_end, or fit another")
+        grid = solver.times
     if grid is None:
         grid = getattr(solver, "grid", "student")
     times = resolve_grid(sde, grid, 18 if num_steps is None else num_steps, t_end, sigma_data, from_prior=init is None)

@@ -1,0 +1,254 @@
+"""Solvers fitted to a model: the coefficients and times of a linear solver, against the model's own fine solutions.
+
+The family is that of Bespoke Non-Stationary solvers (arXiv:2403.01329): any times, any factors of all evaluations so far.
+It contains every solver of `sample_ode` with one evaluation a step; `fit_solver` starts from the default one. Also in this
+literature: arXiv:2405.15506 (LD3), arXiv:2502.17423 (S4S), arXiv:2404.14507 (Align Your Steps).
+"""
+
+import dataclasses
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.flatten_util import ravel_pytree
+from jaxtyping import PRNGKeyArray
+
+from sde_diffusion.prediction import as_pytree, check_process
+from sde_diffusion.samplers.grid import check_t_end, time_grid
+from sde_diffusion.samplers.linear import Steps, Table, run
+from sde_diffusion.samplers.ode import METHODS, sample_ode
+from sde_diffusion.sde import SDE, check, pytree_dataclass
+
+
+@pytree_dataclass
+class LearnedSolver:
+    """A fitted solver, for `sample_ode(..., method=solver)`; made by `fit_solver` or `LearnedSolver.load`.
+
+    Attributes:
+      table: its coefficients, one row an evaluation.
+      times: of the states, `(nfe + 1,)`: t_max first, t_end last.
+      process: log-SNR and log alpha at some times, by which another SDE is told.
+      facts: what it was fitted to, as JSON.
+    """
+
+    table: Table
+    times: Any
+    process: Any
+    facts: str = dataclasses.field(metadata={"static": True})
+
+    def __call__(self, steps: Steps) -> Table:
+        return self.table
+
+    def check(self, sde: SDE) -> None:
+        """Raises ValueError for another SDE than it was fitted to."""
+        mine, theirs = np.asarray(self.process), np.asarray(_process(sde))
+        check(
+            np.allclose(mine, theirs, rtol=1e-3, atol=1e-3),
+            f"this solver was fitted to {json.loads(self.facts)['sde']}, not to {sde}: fit_solver makes one for it",
+        )
+
+    def save(self, path: str | Path) -> Path:
+        """Writes it as a small JSON file."""
+        arrays = {k: np.asarray(v).tolist() for k, v in self._arrays().items()}
+        path = Path(path)
+        path.write_text(json.dumps({"facts": json.loads(self.facts), **arrays}, indent=1) + "\n")
+        return path
+
+    def _arrays(self):
+        table = {f.name: getattr(self.table, f.name) for f in dataclasses.fields(Table) if f.name not in ("noise", "stages")}
+        return {**table, "times": self.times, "process": self.process}
+
+    @classmethod
+    def load(cls, path: str | Path) -> "LearnedSolver":
+        """The solver that `save` wrote.
+
+        Raises:
+          ValueError: not such a file, or arrays that do not fit together.
+        """
+        try:
+            plain = json.loads(Path(path).read_text())
+            facts = json.dumps(plain.pop("facts"))
+            arrays = {k: jnp.asarray(np.asarray(v, np.float64), float) for k, v in plain.items()}
+            times, process = arrays.pop("times"), arrays.pop("process")
+            table = Table(**arrays)
+            n = times.shape[0] - 1
+            fits = all(v.shape == (n,) for k, v in arrays.items() if k != "history") and table.history.shape[0] == n
+            finite = all(bool(jnp.isfinite(v).all()) for v in (*arrays.values(), times))
+            if not (fits and finite and n >= 1):
+                raise ValueError("its arrays do not fit together")
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError, IndexError) as error:
+            raise ValueError(f"{path} is not a solver that LearnedSolver.save wrote ({error}); fit and save it again") from None
+        return cls(table, times, process, facts)
+
+
+def _process(sde):
+    # Up to t_max, where alpha may be 0.
+    t = jnp.linspace(0.02, 0.98, 9) * sde.t_max
+    return jnp.stack([sde.log_snr(t), sde.log_alpha(t)])
+
+
+def fit_solver(
+    score_fn,
+    sde: SDE,
+    key: PRNGKeyArray,
+    shape: tuple[int, ...],
+    *,
+    nfe: int = 8,
+    t_end: float | None = None,
+    sigma_data: float | None = None,
+    num_states: int = 4096,
+    fine_steps: int = 100,
+    max_updates: int = 40,
+    seconds: float = 240.0,
+    progress: bool = True,
+) -> LearnedSolver:
+    """Fits a solver of `nfe` evaluations to a score function: the smallest end-point error, E|x - x_fine|^2.
+
+    Times, factors of the state and of all evaluations so far are fitted by Levenberg-Marquardt, from the default
+    solver on, against solutions of `adams_4` in `fine_steps` steps from `num_states` prior draws. A quarter of the
+    states is held out: the best solver on these is returned, and fitting ends when they stop improving.
+
+    Args:
+      score_fn: `(x (B, *event), t (B,)) -> (B, *event)`.
+      shape: `(B, *event)`; B is how many states are solved at once.
+      nfe: evaluations, at least 2; `denoise` adds one when sampling.
+      t_end: where it stops; `sde.t_min` by default.
+      sigma_data: as in `sample_ode`.
+      max_updates, seconds: limits of the fit; fine solutions not counted.
+      progress: show a bar with the held-out error over that of the default solver.
+
+    Returns:
+      The solver, for `sample_ode(..., method=solver)`. `solver.facts` holds the held-out errors.
+
+    Raises:
+      ValueError: nfe < 2, t_end outside the SDE's range, too few states.
+    """
+    import time
+
+    from tqdm import tqdm
+
+    check(isinstance(nfe, int) and nfe >= 2, f"nfe={nfe} must be an integer of at least 2; 5 to 20 is usual")
+    check(num_states >= 16, f"num_states={num_states} must be at least 16; 4096 is usual")
+    check_process(score_fn, sde)
+    t_end = check_t_end(sde, t_end)
+    sigma_data = getattr(score_fn, "sigma_data", 0.5) if sigma_data is None else sigma_data
+    score_fn = as_pytree(score_fn)
+
+    # States and their fine solutions, `(batches, B, *event)`; a quarter of them is held out.
+    num_batches = max(2, -(-num_states // shape[0]))
+    x = sde.prior_sample(key, (num_batches, *shape))
+    fine = functools.partial(
+        sample_ode, score_fn, sde, key, shape, method="adams_4", num_steps=fine_steps, t_end=t_end, denoise=False,
+        sigma_data=sigma_data,
+    )  # fmt: skip
+    target = jnp.stack([fine(init=part) for part in tqdm(x, desc="fine solutions", disable=not progress)])
+    num_held = max(1, num_batches // 4)
+    held_out, data = (x[:num_held], target[:num_held]), (x[num_held:], target[num_held:])
+
+    family = _Family(sde, nfe, sigma_data, time_grid(sde, nfe, "student", t_end, sigma_data))
+    theta, unravel = ravel_pytree(family.start())
+    solve = functools.partial(_end, family, unravel, sde)
+    errors = jax.jit(functools.partial(_errors, solve))
+    normal_equations = jax.jit(functools.partial(_normal_equations, solve))
+
+    first = best = float(errors(score_fn, theta[None], *held_out)[0])
+    best_theta, damping, idle, began = theta, 1e-3, 0, time.monotonic()
+    # An update's cost grows with the factors times the evaluations: fewer states for more of them.
+    per_update = int(np.clip(400_000 // (len(theta) * nfe), 64, data[0].shape[0] * shape[0]))
+    rng = np.random.default_rng(0)
+    with tqdm(total=max_updates, desc=f"fit nfe={nfe}", disable=not progress) as bar:
+        for _ in range(max_updates):
+            rows = rng.choice(data[0].shape[0] * shape[0], per_update, replace=False)
+            some = (a.reshape(-1, *shape[1:])[rows] for a in data)
+            matrix, vector = (np.asarray(a, np.float64) for a in normal_equations(score_fn, theta, *some))
+            # Several dampings at once; the errors on all states choose among them.
+            dampings = damping * 10.0 ** np.arange(-2, 3)
+            scale = np.diag(np.diag(matrix) + 1e-9 * np.trace(matrix))
+            moves = np.stack([np.linalg.solve(matrix + d * scale, -vector) for d in dampings])
+            candidates = theta[None] + jnp.asarray(np.concatenate([np.zeros((1, len(theta))), moves]), theta.dtype)
+            values = np.nan_to_num(np.asarray(errors(score_fn, candidates, *data)), nan=np.inf)
+            winner = int(values.argmin())
+            damping = dampings[winner - 1] if winner else 100 * damping
+            theta = candidates[winner]
+            now = float(errors(score_fn, theta[None], *held_out)[0])
+            idle = 0 if now < 0.99 * best else idle + 1
+            if now < best:
+                best, best_theta = now, theta
+            bar.update()
+            bar.set_postfix_str(f"held-out error {best / first:.3f} of the default's")
+            if idle >= 6 or time.monotonic() - began > seconds:
+                break
+    table, times = family.build(unravel(best_theta))
+    facts = {
+        "sde": repr(sde), "nfe": nfe, "t_end": float(t_end), "sigma_data": float(sigma_data), "event_shape": list(shape[1:]),
+        "held_out_states": num_held * shape[0], "held_out_rmse": best, "held_out_rmse_of_the_default": first,
+    }  # fmt: skip
+    return LearnedSolver(table, times, _process(sde), json.dumps(facts))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Family:
+    """The default solver at free times, plus free factors, in the scale of the state's marginal."""
+
+    sde: SDE
+    nfe: int
+    sigma_data: Any
+    times: Any  # the default's
+
+    def start(self):
+        """Parameters of the default solver: zeros."""
+        n = self.nfe
+        return {"lengths": jnp.zeros(n), "state": jnp.zeros(n), "history": jnp.zeros(len(self._places()[0]))}
+
+    def _places(self):
+        """Rows and columns of the free factors: all evaluations so far, the last 6 of long solvers."""
+        rows, columns = np.tril_indices(self.nfe)
+        near = columns < (self.nfe if self.nfe <= 10 else 6)
+        return rows[near], columns[near]
+
+    def build(self, parameters):
+        """The table, and the times of the states."""
+        n = self.nfe
+        plain = Steps.of(self.sde, self.times, self.sigma_data)
+        lengths = plain.h * jnp.exp(parameters["lengths"])
+        inner = plain.half_log_snr[0] + jnp.cumsum(lengths * (plain.h.sum() / lengths.sum()))[:-1]
+        times = jnp.concatenate([self.times[:1], self.sde.time(2 * inner), self.times[-1:]])
+        steps = Steps.of(self.sde, times, self.sigma_data)
+        table = METHODS["adams"](steps)
+        c = jnp.sqrt((steps.alpha * self.sigma_data) ** 2 + steps.sigma**2)
+        free = jnp.zeros((n, n)).at[self._places()].set(parameters["history"])
+        history = jnp.pad(table.history, ((0, 0), (0, max(0, n - table.history.shape[1]))))[:, :n] + c[1:, None] * free
+        return dataclasses.replace(table, state=table.state * (1 + parameters["state"]), history=history), times
+
+
+def _end(family, unravel, sde, score_fn, theta, x):
+    table, times = family.build(unravel(theta))
+    return run(table, score_fn, sde, jax.random.key(0), x, times[-1], denoise=False)
+
+
+def _errors(solve, score_fn, thetas, x, target):
+    """The root-mean-square error of each vector of parameters, over batches `(C, B, *event)`."""
+
+    def batch_error(theta):
+        squares = jax.lax.map(lambda pair: ((solve(score_fn, theta, pair[0]) - pair[1]) ** 2).mean(), (x, target))
+        return jnp.sqrt(squares.mean())
+
+    return jax.lax.map(batch_error, thetas)
+
+
+def _normal_equations(solve, score_fn, theta, x, target):
+    """J^T J and J^T r of the residuals r of states `(S, *event)`, by forward-mode derivatives, 64 states at a time."""
+    num = theta.shape[0]
+
+    def one(pair):
+        x, target = pair
+        end, push = jax.linearize(lambda v: solve(score_fn, v, x[None])[0], theta)
+        return jax.vmap(push)(jnp.eye(num, dtype=theta.dtype)).reshape(num, -1), (end - target).reshape(-1)
+
+    jacobian, residual = jax.lax.map(one, (x, target), batch_size=64)
+    jacobian = jnp.moveaxis(jacobian, 1, 0).reshape(num, -1)
+    return jnp.matmul(jacobian, jacobian.T, precision="highest"), jnp.matmul(jacobian, residual.ravel(), precision="highest")
