@@ -327,7 +327,7 @@ class Solver:
     """A named solver: a function from `Steps` to a `Table`, and its fact sheet.
 
     Attributes:
-      order: of convergence; for stochastic ones of the moments (weak order) at noise level 1.
+      order: of convergence, of stochastic ones at noise level 0; their weak order at higher ones is 1.
       evaluations: of the network, per step; a multistep method needs no more to start up.
       source: the paper, with its equation or algorithm.
       min_steps: fewest steps with which it makes sense: a multistep method's order.

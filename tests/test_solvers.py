@@ -1,0 +1,346 @@
+"""Solvers against closed forms: orders, noise levels, adaptive and fitted ones, and the published errors of others."""
+
+import json
+import os
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from oracle import SDES, ZERO_SNR, mixture, moment_z_scores, order
+
+import sde_diffusion as sd
+from sde_diffusion.samplers import ode
+from sde_diffusion.samplers import sde as reverse
+from sde_diffusion.samplers.linear import Steps, Table
+
+MEAN, STD = 0.8, 0.6
+METHODS = {**ode.METHODS, **reverse.METHODS}
+BENCH = Path(os.environ.get("TFDS_DATA_DIR", "/nowhere")).parents[1] / "bench"
+
+
+def deterministic(method, *args, **options):
+    """The method of whichever function owns it, as an ODE solver."""
+    if method in ode.METHODS:
+        return sd.sample_ode(*args, method=method, **options)
+    return sd.sample_sde(*args, method=method, noise_level=0.0, **options)
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_convergence_orders(method, x64):
+    """The flow of one Gaussian from marginal to marginal: the slope of the error over 40, 80 and 160 steps, sigma_max = 50."""
+    sde, t_end = SDES["ve"], 0.3
+    score_fn = sd.GaussianMixture.gaussian(np.array([MEAN]), np.array([[STD**2]])).score_fn(sde)
+    init = sde.prior_sample(jax.random.key(7), (8, 1))
+    start, end = (np.sqrt(STD**2 + (0.01 * 5000.0**t) ** 2) for t in (1.0, t_end))
+    exact = MEAN + end / start * (np.asarray(init) - MEAN)
+    steps, errors = np.array([40, 80, 160]), []
+    for num in steps:
+        # Another standard deviation than the data's, for which the default's linear part would be the whole of the flow.
+        x = deterministic(
+            method, score_fn, sde, jax.random.key(0), (8, 1), init=init, num_steps=int(num), grid="log_snr", t_end=t_end,
+            denoise=False, sigma_data=0.5,
+        )  # fmt: skip
+        errors.append(np.abs(np.asarray(x) - exact).max())
+    # Superconvergence on a linear problem is no fault.
+    assert METHODS[method].order - 0.35 < order(steps, errors) < METHODS[method].order + 0.8, errors
+
+
+@pytest.mark.parametrize("level", [0.0, 0.5, 1.0, 1.5])
+@pytest.mark.parametrize("method", ["ancestral", "churned_heun", "sa_solver", "sde_dpmpp_2m", "sde_dpmpp_3m"])
+@pytest.mark.parametrize("name", ["vp", "ve"])
+def test_every_noise_level_keeps_the_marginals(name, method, level):
+    """Mean and covariance at a noisy time and at the data, within 4 standard errors of 4096 samples."""
+    sde, oracle, t_end = SDES[name], mixture(), 0.3
+    options = {"method": method, "noise_level": level, "num_steps": 400 if method == "ancestral" else 150, "grid": "student"}
+    noisy, x = (
+        sd.sample_sde(oracle.score_fn(sde), sde, jax.random.key(1), (4096, 2), **options, **more)
+        for more in ({"t_end": t_end, "denoise": False}, {})
+    )
+    alpha, sigma = float(sde.alpha(t_end)), float(sde.sigma(t_end))
+    marginal = alpha**2 * np.asarray(oracle.covariance()) + sigma**2 * np.eye(2)
+    assert np.abs(moment_z_scores(noisy, alpha * np.asarray(oracle.mean()), marginal)).max() < 4
+    assert np.abs(moment_z_scores(x, oracle.mean(), oracle.covariance())).max() < 4
+
+
+def test_the_noise_level_is_what_moves_a_sample():
+    """At 0 the key does not matter; the larger the level, the less of the start is left."""
+    sde, oracle = SDES["vp"], mixture()
+    init = jnp.repeat(sde.prior_sample(jax.random.key(0), (256, 2)), 8, axis=0)
+    spread = []
+    for level in (0.0, 0.3, 1.0, 3.0):
+        x = np.asarray(
+            sd.sample_sde(
+                oracle.score_fn(sde), sde, jax.random.key(1), init.shape, init=init, method="sa_solver", num_steps=60, noise_level=level
+            )
+        )
+        # Variance among the 8 that start at one point, over that of all.
+        spread.append(x.reshape(256, 8, 2).var(axis=1, ddof=1).mean() / x.var(axis=0).mean())
+    assert spread[0] < 1e-9 and spread[0] < spread[1] < spread[2] - 0.05
+    # All forgotten: a ratio of variances of 256 x 7 degrees of freedom is known to sqrt(2 / 1792) = 3%.
+    assert abs(spread[3] - 1) < 0.15
+
+
+def test_a_linear_score_of_the_datas_own_scale_costs_one_step():
+    """On N(0, s^2 I) with sigma_data = s the default has nothing to integrate: exact in a single step, at any scale."""
+    for sde, s in ((SDES["ve"], 0.5), (SDES["vp"], 1.7), (ZERO_SNR, 0.3)):
+        score_fn = sd.GaussianMixture.gaussian(np.zeros(2), s**2 * np.eye(2)).score_fn(sde)
+        init = sde.prior_sample(jax.random.key(0), (5, 2))
+        x = sd.sample_ode(score_fn, sde, jax.random.key(0), (5, 2), init=init, num_steps=1, denoise=False)
+        start, end = (jnp.sqrt((sde.alpha(t) * s) ** 2 + sde.sigma(t) ** 2) for t in (sde.t_max, sde.t_min))
+        np.testing.assert_allclose(x, init * end / start, rtol=2e-4, atol=1e-6)
+
+
+def test_few_steps_do_not_blow_up():
+    """All of them, at the fewest steps that they accept, on all processes and grids: within 10 standard deviations."""
+    oracle = mixture()
+    for name in ("vp", "ve"):
+        for method, solver in ode.METHODS.items():
+            # Steps in t are unstable on geometric noise, whoever takes them; Heun's are bounded by the stability of the trapezoid.
+            if method in ("euler", "heun"):
+                continue
+            for grid in ("student", "log_snr"):
+                x = sd.sample_ode(
+                    oracle.score_fn(SDES[name]), SDES[name], jax.random.key(0), (64, 2), method=method, grid=grid,
+                    num_steps=max(solver.min_steps, 4),
+                )  # fmt: skip
+                assert np.isfinite(x).all() and np.abs(x).max() < 10, (name, method, grid)
+
+
+def test_a_solver_of_ones_own():
+    """A function from Steps to a Table is a method: here DDIM, written out."""
+
+    def mine(steps: Steps) -> Table:
+        shrink = steps.sigma[1:] / steps.sigma[:-1]
+        keep = (steps.alpha[1:] - steps.alpha[:-1] * shrink)[:, None]
+        one = jnp.ones(steps.num)
+        return Table(steps.time[:-1], one, 0 * one, shrink, keep)
+
+    sde, oracle = SDES["vp"], mixture()
+    a, b = (
+        sd.sample_ode(oracle.score_fn(sde), sde, jax.random.key(0), (4, 2), method=m, num_steps=9, grid="edm") for m in (mine, "ddim")
+    )
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["adams", "rk4", "unipc_3"])
+def test_transformations(method):
+    """jit, vmap over keys, pmap over 8 devices and grad give what the plain calls give."""
+    sde, oracle = SDES["vp"], mixture()
+
+    def sample(key):
+        return sd.sample_ode(oracle.score_fn(sde), sde, key, (4, 2), method=method, num_steps=6)
+
+    keys = jax.random.split(jax.random.key(0), 8)
+    plain = np.stack([sample(key) for key in keys])
+    for transformed in (jax.jit(jax.vmap(sample)), jax.pmap(sample)):
+        np.testing.assert_allclose(transformed(keys), plain, rtol=1e-3, atol=1e-4)
+
+    def total(shift):
+        init = sde.prior_sample(jax.random.key(1), (4, 2)) + shift
+        return sd.sample_ode(oracle.score_fn(sde), sde, keys[0], (4, 2), init=init, method=method, num_steps=6).sum()
+
+    slope = (total(1e-2) - total(-1e-2)) / 2e-2
+    np.testing.assert_allclose(jax.grad(total)(0.0), slope, rtol=0.02)
+
+
+def test_the_memory_of_a_gradient_is_that_of_the_states():
+    """Ten times the steps keep ten times the states, 2 KiB each, and not the 2 MiB that the network uses inside."""
+    sde, width = SDES["vp"], 8192
+    weights = jax.random.normal(jax.random.key(0), (8, width)) / width
+
+    def network(weights, x, t):
+        return -x + jnp.tanh(x @ weights) @ weights.T
+
+    def loss(weights, num_steps):
+        score_fn = jax.tree_util.Partial(network, weights)
+        return sd.sample_ode(score_fn, sde, jax.random.key(0), (64, 8), num_steps=num_steps).sum()
+
+    sizes = [
+        jax.jit(jax.grad(loss), static_argnums=1).lower(weights, n).compile().memory_analysis().temp_size_in_bytes for n in (20, 200)
+    ]
+    history = 6
+    assert sizes[1] - sizes[0] < 1.5 * 180 * (1 + history) * 64 * 8 * 4 < 180 * 64 * width * 4 / 10
+
+
+# Adaptive.
+
+
+@pytest.mark.parametrize("name", ["vp", "ve", "zero_snr"])
+def test_adaptive_solvers_reach_the_exact_flow(name, x64):
+    """Every method at a tight tolerance, on the flow of one Gaussian; a looser one costs less."""
+    sde = {**SDES, "zero_snr": ZERO_SNR}[name]
+    score_fn = sd.GaussianMixture.gaussian(np.full(2, MEAN), STD**2 * np.eye(2)).score_fn(sde)
+    # Zero SNR stands for lambda = -20 inside: the flow is followed from there.
+    t, s = (float(sde.time(jnp.asarray(-20.0))) if name == "zero_snr" else 1.0 if name != "cosine" else 0.999), 0.1
+    init = sde.prior_sample(jax.random.key(0), (6, 2))
+    a, b = ((float(sde.alpha(u)), np.sqrt(float(sde.alpha(u)) ** 2 * STD**2 + float(sde.sigma(u)) ** 2)) for u in (t, s))
+    exact = b[0] * MEAN + b[1] / a[1] * (np.asarray(init) - a[0] * MEAN)
+    for method in ("tsit5", "dopri5", "dopri8", "heun"):
+        fine, rough = (
+            sd.sample_adaptive(score_fn, sde, jax.random.key(0), (6, 2), init=init, method=method, rtol=tol, atol=tol, t_end=s, denoise=False)
+            for tol in (1e-6, 1e-2)
+        )
+        assert fine.success.all()
+        np.testing.assert_allclose(fine.samples, exact, atol=2e-4 if name == "zero_snr" else 2e-5)
+        assert (rough.evaluations < fine.evaluations).all()
+
+
+@pytest.mark.parametrize(
+    "options", [{"method": m} for m in ("tsit5", "dopri5", "dopri8", "heun")] + [{"method": m, "noise_level": 1.0} for m in ("shark", "sra1")]
+)
+@pytest.mark.parametrize("denoise", [False, True])
+def test_adaptive_evaluations_are_counted_right(options, denoise):
+    calls = []
+
+    def score_fn(x, t):
+        jax.debug.callback(lambda: calls.append(1))
+        return -x
+
+    out = sd.sample_adaptive(score_fn, SDES["vp"], jax.random.key(0), (1, 2), denoise=denoise, rtol=0.05, atol=0.05, **options)
+    jax.block_until_ready(out)
+    jax.effects_barrier()
+    assert len(calls) == int(out.evaluations[0])
+
+
+def test_adaptive_steps_are_each_examples_own():
+    sde, oracle = SDES["ve"], mixture()
+    init = sde.prior_sample(jax.random.key(0), (8, 2))
+    run = lambda init: sd.sample_adaptive(oracle.score_fn(sde), sde, jax.random.key(0), init.shape, init=init)  # noqa: E731
+    both, one = run(init), run(init.at[1:].mul(0.1))
+    np.testing.assert_array_equal(both.samples[0], one.samples[0])
+    assert both.evaluations[0] == one.evaluations[0] and len(set(np.asarray(both.evaluations))) > 1
+    few = sd.sample_adaptive(oracle.score_fn(sde), sde, jax.random.key(0), (8, 2), init=init, max_steps=3)
+    assert not few.success.any() and np.isnan(few.samples).all()
+
+
+@pytest.mark.parametrize("name", ["vp", "ve"])
+def test_the_adaptive_sde_recovers_the_mixture(name):
+    """Within 4 standard errors of 2048 samples."""
+    sde, oracle = SDES[name], mixture()
+    out = sd.sample_adaptive(oracle.score_fn(sde), sde, jax.random.key(3), (2048, 2), noise_level=1.0, rtol=1e-2, atol=1e-2)
+    assert out.success.all()
+    assert np.abs(moment_z_scores(out.samples, oracle.mean(), oracle.covariance())).max() < 4
+
+
+# Fitted.
+
+
+@pytest.fixture(scope="module")
+def fitted():
+    sde, oracle = sd.VE(), mixture()
+    solver = sd.fit_solver(
+        oracle.score_fn(sde), sde, jax.random.key(0), (64, 2), nfe=5, num_states=1024, max_updates=12, progress=False
+    )
+    return sde, oracle, solver
+
+
+def test_a_fitted_solver_beats_the_default_on_new_states(fitted):
+    sde, oracle, solver = fitted
+    init = sde.prior_sample(jax.random.key(99), (2000, 2))
+    sample = lambda **o: np.asarray(sd.sample_ode(oracle.score_fn(sde), sde, jax.random.key(0), init.shape, init=init, denoise=False, **o))  # noqa: E731
+    exact = np.asarray(
+        sd.sample_adaptive(
+            oracle.score_fn(sde), sde, jax.random.key(0), init.shape, init=init, method="dopri8", rtol=1e-6, atol=1e-6, denoise=False
+        ).samples
+    )
+    mine, default = (np.sqrt(((sample(**o) - exact) ** 2).mean()) for o in ({"method": solver}, {"num_steps": 5}))
+    assert mine < 0.7 * default
+    facts = json.loads(solver.facts)
+    # 256 held-out states: their error is that of 2000 others, within the spread of a few far ones.
+    assert 0.4 < facts["held_out_rmse"] / mine < 2.5
+
+
+def test_a_fitted_solver_spends_what_it_says(fitted):
+    sde, _, solver = fitted
+    calls = []
+
+    def score_fn(x, t):
+        jax.debug.callback(lambda: calls.append(1))
+        return -x
+
+    for denoise in (False, True):
+        calls.clear()
+        jax.block_until_ready(sd.sample_ode(score_fn, sde, jax.random.key(0), (3, 2), method=solver, denoise=denoise))
+        jax.effects_barrier()
+        assert len(calls) == 5 + denoise
+
+
+def test_saving_and_refusing(fitted, tmp_path):
+    sde, oracle, solver = fitted
+    again = sd.LearnedSolver.load(solver.save(tmp_path / "solver.json"))
+    key = jax.random.key(1)
+    a, b = (sd.sample_ode(oracle.score_fn(sde), sde, key, (4, 2), method=s) for s in (solver, again))
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+    assert json.loads(again.facts)["nfe"] == 5 and "VE" in json.loads(again.facts)["sde"]
+    for other in (sd.VP(), sd.VE(sigma_max=80.0)):
+        with pytest.raises(ValueError, match="fitted to VE.*not to .*fit_solver"):
+            sd.sample_ode(oracle.score_fn(other), other, key, (4, 2), method=again)
+    for options in ({"num_steps": 5}, {"grid": "edm"}, {"t_end": 0.1}):
+        with pytest.raises(ValueError, match="own times"):
+            sd.sample_ode(oracle.score_fn(sde), sde, key, (4, 2), method=again, **options)
+    for content in ("", "{}", "[1]", '{"facts": {}, "times": [1, 0], "time": [1], "process": []}', "\x00\xff"):
+        (tmp_path / "bad.json").write_text(content)
+        with pytest.raises(ValueError, match="bad.json is not a solver"):
+            sd.LearnedSolver.load(tmp_path / "bad.json")
+    plain = json.loads((tmp_path / "solver.json").read_text())
+    plain["state"] = plain["state"][:-1]
+    (tmp_path / "bad.json").write_text(json.dumps(plain))
+    with pytest.raises(ValueError, match="do not fit together"):
+        sd.LearnedSolver.load(tmp_path / "bad.json")
+
+
+@pytest.mark.parametrize(("options", "words"), [({"nfe": 1}, "nfe=1.*at least 2"), ({"num_states": 3}, "num_states=3.*4096"), ({"t_end": 2.0}, "t_end=2.0")])
+def test_a_fit_that_makes_no_sense_is_refused(options, words):
+    with pytest.raises(ValueError, match=words):
+        sd.fit_solver(lambda x, t: -x, sd.VP(), jax.random.key(0), (4, 2), progress=False, **options)
+
+
+def test_the_table_of_solvers():
+    text = str(sd.solvers())
+    for name in METHODS:
+        assert any(line.startswith(name + " ") for line in text.splitlines())
+    assert "euler_maruyama" not in sd.solvers("ode")
+    with pytest.raises(ValueError, match="kind of solver 'odes'; choose one of ode, sde"):
+        sd.solvers("odes")
+
+
+# The measured errors of diffusers' solvers, and the default rule beside them.
+
+
+@pytest.fixture(scope="module")
+def bench():
+    if not (BENCH / "gmm_digits.npz").exists():
+        pytest.skip("no bench/gmm_digits.npz beside the TFDS data: the exact problem with measured errors of diffusers")
+    z, x = np.load(BENCH / "gmm_digits.npz"), np.load(BENCH / "gmm_digits_x.npy")
+    oracle = sd.GaussianMixture(z["w"], z["mu"], np.einsum("kij,kj,klj->kil", z["Q"], z["lam"], z["Q"]))
+    sde = sd.VE(sigma_min=0.002, sigma_max=80.0, t_min=1e-9, t_train=1e-9)
+
+    def error(**options):
+        end = sd.sample_ode(
+            oracle.score_fn(sde), sde, jax.random.key(0), x[0].shape, init=jnp.asarray(x[0], jnp.float32), denoise=False, **options
+        )
+        return np.sqrt(np.mean((np.asarray(end, np.float64) - x[1]) ** 2))
+
+    return error, json.loads((BENCH / "gmm_digits_peers.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("theirs", "method"),
+    [("DDIM", "ddim"), ("DPM-Solver++ 2M", "dpmpp_2m"), ("UniPC-2 bh2", "unipc_2"), ("UniPC-3 bh2", "unipc_3"), ("DEIS-3", "deis_3"), ("LMS-4", "lms")],
+)
+def test_the_published_solvers_are_the_published_ones(bench, theirs, method):
+    """To the digits that float32 leaves: the same error as diffusers' own on 256 states of the exact problem."""
+    error, peers = bench
+    for budget in ("8", "10"):
+        measured, grid = peers[budget][theirs]
+        mine = error(method=method, num_steps=int(budget), grid={"karras": "edm", "log_uniform": "log_snr"}[grid])
+        np.testing.assert_allclose(mine, measured, rtol=5e-3)
+
+
+def test_the_default_is_ahead_of_every_peer(bench):
+    error, peers = bench
+    for budget in (5, 6, 8, 10, 15, 20, 30, 50):
+        best = min(measured for measured, _ in peers[str(budget)].values())
+        assert error(num_steps=budget) <= (0.5 if budget in (10, 15, 20, 30) else 1.0) * best
