@@ -15,7 +15,7 @@ from ml_collections import ConfigDict, config_dict
 from sde_diffusion import models
 from sde_diffusion.losses import LOG_SNR_WEIGHTS, TIME_WEIGHTS, dsm_loss, weighted_loss
 from sde_diffusion.prediction import NOISE_LABELS, PREDICTIONS, as_score, lookup
-from sde_diffusion.samplers import sample_ode, sample_pc, sample_sde
+from sde_diffusion.samplers import LearnedSolver, sample_ode, sample_pc, sample_sde
 from sde_diffusion.samplers import ode, pc, sde as reverse
 from sde_diffusion.samplers.grid import GRIDS, check_t_end
 from sde_diffusion.samplers.integrate import check_start
@@ -74,7 +74,7 @@ def defaults() -> dict[str, Any]:
         },
         "sample": {
             "sampler": "ode",  # ode, sde or pc
-            "method": config_dict.placeholder(str),  # see sd.solvers(); for pc the predictor; None: the sampler's usual one
+            "method": config_dict.placeholder(str),  # see sd.solvers(), or a file of --mode=fit_solver; for pc the predictor
             "noise_level": 1.0,  # of sde: 0 is the ODE
             "corrector": "langevin",  # of pc
             "snr": 0.16,  # of pc
@@ -222,8 +222,11 @@ def validate(config: ConfigDict) -> None:
         check(isinstance(value, int) and value >= 1, f"{key}={value!r} must be an integer of at least 1")
     _, methods, usual = lookup(SAMPLERS, config.sample.sampler, "sample.sampler")
     method = config.sample.method or usual
-    solver = lookup(methods, method, f"sample.method of the {config.sample.sampler} sampler")
-    check_start(solver, method, sde, config.sample.num_steps)
+    if config.sample.sampler == "ode" and method.endswith(".json"):
+        LearnedSolver.load(method).check(sde)
+    else:
+        solver = lookup(methods, method, f"sample.method of the {config.sample.sampler} sampler")
+        check_start(solver, method, sde, config.sample.num_steps)
     for key, seed in (("seed", config.seed), ("sample.seed", config.sample.seed), ("eval.seed", config.eval.seed)):
         check(isinstance(seed, int) and 0 <= seed < 2**63, f"{key}={seed!r} must be an integer from 0 to 2^63 - 1")
     for key in ("optim.lr", "optim.eps", "sample.snr", "eval.rtol", "eval.atol", "prediction.sigma_data"):
@@ -298,5 +301,7 @@ def build_sampler(config: ConfigDict):
         options["method"] = method
     if c.sampler == "sde":
         options["noise_level"] = c.noise_level
+    if c.sampler == "ode" and method.endswith(".json"):
+        options = {"method": LearnedSolver.load(method), "denoise": c.denoise}
     sde = build_sde(config)
     return lambda score_fn, key, shape: fn(score_fn, sde, key, shape, **options)

@@ -11,7 +11,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from sde_diffusion import config as configs
-from sde_diffusion import data, report, sharding
+from sde_diffusion import data, report, samplers, sharding
 from sde_diffusion.analytic import GaussianMixture
 from sde_diffusion.checkpoint import Checkpoints
 from sde_diffusion.likelihood import log_likelihood
@@ -71,6 +71,23 @@ def make_sampler(config: ConfigDict, mesh, event_shape: tuple[int, ...]):
         return np.concatenate([_to_host(part) for part in parts])[:num]
 
     return draw
+
+
+def fit_solver(config: ConfigDict, workdir: Path, params, event_shape: tuple[int, ...]) -> Path:
+    """Fits a solver of `sample.num_steps` evaluations to the network, and writes it to `workdir/solver_NFE.json`."""
+    c = config.sample
+    solver = samplers.fit_solver(
+        configs.build_score(config, params), configs.build_sde(config), jax.random.key(c.seed),
+        (min(c.batch_size, 64), *event_shape), nfe=c.num_steps, t_end=c.t_end, num_states=512,
+    )  # fmt: skip
+    facts = json.loads(solver.facts)
+    path = solver.save(workdir / f"solver_{c.num_steps}.json")
+    print(
+        f"{c.num_steps} evaluations: error {facts['held_out_rmse']:.4g} on {facts['held_out_states']} held-out states, "
+        f"{facts['held_out_rmse_of_the_default']:.4g} of the default solver\n"
+        f"in {path}; sample with it: --mode=sample --config.sample.method={path}"
+    )
+    return path
 
 
 def _to_host(x: jax.Array) -> np.ndarray:
@@ -217,7 +234,8 @@ def quality(samples: np.ndarray, dataset: data.Dataset, scaler: data.Scaler, mos
 def _sampler_name(config, separator=" ") -> str:
     """The sampler and its options, as far as they are not the usual ones."""
     c = config.sample
-    parts = [c.sampler, c.method or configs.SAMPLERS[c.sampler][2], f"{c.num_steps}{separator}steps"]
+    method = Path(c.method or configs.SAMPLERS[c.sampler][2]).stem
+    parts = [c.sampler, method, f"{c.num_steps}{separator}steps"]
     parts += [c.grid] if c.grid else []
     parts += [f"t_end{separator}{c.t_end:g}"] if c.t_end is not None else []
     parts += [f"noise{separator}{c.noise_level:g}"] if c.sampler == "sde" and c.noise_level != 1 else []

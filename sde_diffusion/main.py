@@ -1,4 +1,4 @@
-"""The entry point: python -m sde_diffusion.main --config=configs/vp_digits.py --workdir=DIR --mode=train|eval|sample."""
+"""The entry point: python -m sde_diffusion.main --config=configs/vp_digits.py --workdir=DIR --mode=train|eval|sample|fit_solver."""
 
 import os
 import runpy
@@ -15,7 +15,10 @@ _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Config file. [default: the workdir's own config, else the embedded digits]"
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: config, checkpoints, metrics, samples.")
-_MODE = flags.DEFINE_enum("mode", "train", ["train", "eval", "sample"], "What to do; train ends with the other two.")
+_MODE = flags.DEFINE_enum(
+    "mode", "train", ["train", "eval", "sample", "fit_solver"],
+    "What to do; train ends with eval, which samples too; fit_solver fits a solver of sample.num_steps evaluations.",
+)
 
 
 def _fail(error) -> None:
@@ -157,7 +160,9 @@ def main(_):
             with Checkpoints(workdir, read_only=True) as checkpoints:
                 params = checkpoints.restore(abstract, step).ema
 
-        if _MODE.value == "sample":
+        if _MODE.value == "fit_solver":
+            evaluate.fit_solver(config, workdir, params, dataset.event_shape)
+        elif _MODE.value == "sample":
             samples = evaluate.make_sampler(config, mesh, dataset.event_shape)(params, config.sample.num, config.sample.seed)
             if jax.process_index() == 0:
                 evaluate.write_samples(config, workdir, samples, step, dataset, scaler)

@@ -92,20 +92,13 @@ def test_a_linear_score_of_the_datas_own_scale_costs_one_step():
         np.testing.assert_allclose(x, init * end / start, rtol=2e-4, atol=1e-6)
 
 
-def test_few_steps_do_not_blow_up():
-    """All of them, at the fewest steps that they accept, on all processes and grids: within 10 standard deviations."""
-    oracle = mixture()
-    for name in ("vp", "ve"):
-        for method, solver in ode.METHODS.items():
-            # Steps in t are unstable on geometric noise, whoever takes them; Heun's are bounded by the stability of the trapezoid.
-            if method in ("euler", "heun"):
-                continue
-            for grid in ("student", "log_snr"):
-                x = sd.sample_ode(
-                    oracle.score_fn(SDES[name]), SDES[name], jax.random.key(0), (64, 2), method=method, grid=grid,
-                    num_steps=max(solver.min_steps, 4),
-                )  # fmt: skip
-                assert np.isfinite(x).all() and np.abs(x).max() < 10, (name, method, grid)
+# Steps in t are unstable on geometric noise, whoever takes them, and Heun's where sigma falls more than threefold.
+@pytest.mark.parametrize("method", sorted(set(ode.METHODS) - {"euler", "heun"}))
+def test_few_steps_do_not_blow_up(method):
+    """At the fewest steps that they accept, or 4: within 10 standard deviations."""
+    sde, num_steps = SDES["ve"], max(ode.METHODS[method].min_steps, 4)
+    x = sd.sample_ode(mixture().score_fn(sde), sde, jax.random.key(0), (64, 2), method=method, num_steps=num_steps)
+    assert np.isfinite(x).all() and np.abs(x).max() < 10
 
 
 def test_a_solver_of_ones_own():
@@ -271,8 +264,10 @@ def test_saving_and_refusing(fitted, tmp_path):
     sde, oracle, solver = fitted
     again = sd.LearnedSolver.load(solver.save(tmp_path / "solver.json"))
     key = jax.random.key(1)
-    a, b = (sd.sample_ode(oracle.score_fn(sde), sde, key, (4, 2), method=s) for s in (solver, again))
-    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+    draw = lambda s: sd.sample_ode(oracle.score_fn(sde), sde, key, (4, 2), method=s)  # noqa: E731
+    np.testing.assert_allclose(draw(again), draw(solver), rtol=1e-5, atol=1e-6)
+    # As a constant of a program that is compiled around it too.
+    np.testing.assert_allclose(jax.jit(lambda: draw(again))(), draw(solver), rtol=1e-5, atol=1e-6)
     assert json.loads(again.facts)["nfe"] == 5 and "VE" in json.loads(again.facts)["sde"]
     for other in (sd.VP(), sd.VE(sigma_max=80.0)):
         with pytest.raises(ValueError, match="fitted to VE.*not to .*fit_solver"):
