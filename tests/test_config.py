@@ -64,7 +64,6 @@ BAD = [
     (("optim", "lr", 0.0), ["optim.lr=0.0", "positive"]),
     (("optim", "ema_decay", 1.0), ["optim.ema_decay=1.0", "[0, 1)"]),
     (("sde", "beta_max", 0.01), ["beta_max=0.01", "beta_min"]),
-    (("model", "multipliers", (1, 0.5)), ["model.multipliers=(1, 0.5)", "(1, 2, 2)"]),
     (("model", "multipliers", (1, 0)), ["model.multipliers=(1, 0)", "positive"]),
     (("model", "dropout", 2.0), ["model.dropout=2.0", "[0, 1)"]),
     (("eval", "seed", -1), ["eval.seed=-1", "from 0"]),
