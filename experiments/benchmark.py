@@ -59,7 +59,7 @@ def sampler_overhead(rounds):
         return out
 
     def sampler():
-        return sd.sample_ode(score_fn, score_fn.sde, jax.random.key(0), shape, method="ddim", num_steps=49)
+        return sd.sample_ode(score_fn, score_fn.sde, jax.random.key(0), shape, num_steps=49)
 
     return _paired(sampler, fifty_calls, rounds)
 
