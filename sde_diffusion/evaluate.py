@@ -234,8 +234,9 @@ def quality(samples: np.ndarray, dataset: data.Dataset, scaler: data.Scaler, mos
 def _sampler_name(config, separator=" ") -> str:
     """The sampler and its options, as far as they are not the usual ones."""
     c = config.sample
-    method = Path(c.method or configs.SAMPLERS[c.sampler][2]).stem
-    parts = [c.sampler, method, f"{c.num_steps}{separator}steps"]
+    method = c.method or configs.SAMPLERS[c.sampler][2]
+    # A fitted solver's file tells its evaluations.
+    parts = [c.sampler, *([Path(method).stem] if method.endswith(".json") else [method, f"{c.num_steps}{separator}steps"])]
     parts += [c.grid] if c.grid else []
     parts += [f"t_end{separator}{c.t_end:g}"] if c.t_end is not None else []
     parts += [f"noise{separator}{c.noise_level:g}"] if c.sampler == "sde" and c.noise_level != 1 else []

@@ -80,7 +80,7 @@ def sde_dpmpp_3m(steps: Steps) -> Table:
 
 @_register(order=4, evaluations=1, min_steps=3, source="arXiv:2309.05019 alg. 1, predictor and corrector of 3 steps")
 def sa_solver(steps: Steps) -> Table:
-    """SA-Solver: stochastic Adams, predictor of order 3 in x0 and a corrector that keeps the noise. The default."""
+    """SA-Solver: stochastic Adams, predictor of order 3 in x0 and a corrector that keeps the noise: for 10 to 50 steps."""
     space, order = data_space(steps), orders(steps.num, 3, taper=True)
     return multistep(steps, space, adams_bashforth(space, order), adams_moulton(space, order))
 
