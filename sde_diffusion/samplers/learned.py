@@ -112,7 +112,7 @@ def fit_solver(
 ) -> LearnedSolver:
     """Fits a solver of `nfe` evaluations to a score function: the smallest end-point error, E|x - x_fine|^2.
 
-    Times, factors of the state and of all evaluations so far are fitted by Levenberg-Marquardt, from the default
+    Times, factors of the state and of all evaluations so far (the last 6 where nfe > 10) are fitted by Levenberg-Marquardt, from the default
     solver on, against solutions of `adams_4` in `fine_steps` steps from `num_states` prior draws. A quarter of the
     states is held out: the best solver on these is returned, and fitting ends when they stop improving.
 
@@ -122,6 +122,8 @@ def fit_solver(
       nfe: evaluations, at least 2; `denoise` adds one when sampling.
       t_end: where it stops; `sde.t_min` by default.
       sigma_data: as in `sample_ode`.
+      num_states: prior draws, at least 16, in whole batches of B; few far states rule the error, so more are better.
+      fine_steps: steps of a fine solution, one evaluation each.
       max_updates, seconds: limits of the fit; fine solutions not counted.
       progress: show a bar with the held-out error over that of the default solver.
 
