@@ -21,8 +21,28 @@ Number = Any
 
 
 def pytree_dataclass(cls):
-    """Makes `cls` a frozen dataclass and a pytree; fields with `metadata={"static": True}` are not leaves."""
-    return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True)(cls))
+    """Makes `cls` a frozen dataclass and a pytree; fields with `metadata={"static": True}` are not leaves.
+
+    Not by `jax.tree_util.register_dataclass`: to it (JAX 0.10 to 0.12) the structures of two classes with as many leaves
+    are equal, and where their hashes meet as well, `jax.jit` runs the program compiled for the one with the other's numbers.
+    """
+    cls = dataclasses.dataclass(frozen=True)(cls)
+    static = [f.name for f in dataclasses.fields(cls) if f.metadata.get("static")]
+    leaves = [f.name for f in dataclasses.fields(cls) if not f.metadata.get("static")]
+    keys = [jax.tree_util.GetAttrKey(name) for name in leaves]
+
+    def flatten(self):
+        return [getattr(self, name) for name in leaves], tuple(getattr(self, name) for name in static)
+
+    def flatten_with_keys(self):
+        children, fixed = flatten(self)
+        return list(zip(keys, children)), fixed
+
+    def unflatten(fixed, children):
+        return cls(**dict(zip(leaves, children)), **dict(zip(static, fixed)))
+
+    jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
+    return cls
 
 
 def expand(coefficient: Times, x: Float[Array, "..."]) -> Float[Array, "..."]:

@@ -235,3 +235,14 @@ def test_whole_numbers_are_times_too():
     sde = sd.VP()
     np.testing.assert_allclose(sde.diffusion(1), sde.diffusion(1.0))
     np.testing.assert_allclose(sde.drift(jnp.ones((2, 3)), 1), sde.drift(jnp.ones((2, 3)), 1.0))
+
+
+def test_no_two_processes_share_a_program(x64):
+    """The structures of pytrees of different classes differ, however many leaves they have: jax.jit tells programs by them."""
+    sdes = [cls() for cls in (sd.VP, sd.SubVP, sd.VE, sd.CosineVP)] + [sd.DDPM(), sd.SMLD(), sd.SMLD(num_levels=10)]
+    structures = [jax.tree.structure(sde) for sde in sdes]
+    assert all(a != b for i, a in enumerate(structures) for b in structures[:i])
+    time = jax.jit(lambda sde: sde.sigma(0.5))
+    np.testing.assert_allclose([time(sde) for sde in sdes], [sde.sigma(0.5) for sde in sdes], rtol=1e-12)
+    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(sd.VE())]
+    assert paths == [".sigma_min", ".sigma_max", ".t_min", ".t_max", ".t_train"]
