@@ -1,15 +1,18 @@
-"""Every solver's error over its number of network evaluations, on a problem whose solution is known.
+"""Every solver's error over its number of network evaluations, on problems whose solutions are known.
 
-    python -m experiments.solvers [--bench=FOLDER] [--out=FOLDER] [--learned]
+    python -m experiments.solvers [--bench=FOLDER] [--out=FOLDER] [--learned] [--mixtures=N]
 
-The problem is a 10-component Gaussian mixture in 64 dimensions, fitted to the handwritten digits, under VE noise from 80 to
+The main problem is a 10-component Gaussian mixture in 64 dimensions, fitted to the handwritten digits, under VE noise from 80 to
 0.002; the error is the root-mean-square distance of the end points to those of the exact flow. With --bench the mixture, the
 256 start states and their exact end points come from `gmm_digits.npz` and `gmm_digits_x.npy` in that folder; without, a
 mixture is fitted by scikit-learn, and an 8th-order adaptive solver gives the end points. With the extra `bench` installed
-(torch, diffusers), diffusers' solvers run on the same states. Prints tables, writes solvers.json and solvers.png to --out.
+(torch, diffusers), diffusers' solvers run on the same states. With --mixtures the default solver, and with --learned as well
+fitted ones, run on N random mixtures in 2 to 128 dimensions under VE and VP noise, beside the best of diffusers' solvers.
+Prints tables, writes solvers.json and solvers.png to --out.
 """
 
 import argparse
+import dataclasses
 import json
 import platform
 import time
@@ -28,17 +31,51 @@ BUDGETS = (5, 6, 8, 10, 15, 20, 30, 50)
 SIGMA_MAX, SIGMA_MIN = 80.0, 0.002
 
 
-def process() -> sd.VE:
-    """VE whose times 1 and (all but) 0 are sigma = 80 and 0.002."""
-    return sd.VE(sigma_min=SIGMA_MIN, sigma_max=SIGMA_MAX, t_min=1e-9, t_train=1e-9)
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """A mixture, start states `(B, D)` of its probability-flow ODE, and their exact end points."""
+
+    name: str
+    sde: sd.SDE
+    mixture: sd.GaussianMixture
+    start: np.ndarray
+    end: np.ndarray
+
+    @property
+    def score_fn(self):
+        return self.mixture.score_fn(self.sde)
+
+    def error(self, **options) -> float:
+        """The root-mean-square error of `sample_ode` with these options."""
+        init = jnp.asarray(self.start, jnp.float32)
+        end = sd.sample_ode(self.score_fn, self.sde, jax.random.key(0), init.shape, init=init, denoise=False, **options)
+        return rmse(end, self.end)
 
 
-def load(bench: Path | None):
-    """(mixture, start states (B, 64), end points (B, 64), what it is)."""
+def solve(name, sde, weights, means, covariances, start) -> Problem:
+    """The problem of these parameters; its end points by an adaptive solver of order 8 in float64."""
+    with jax.enable_x64(True):
+        exact = sd.GaussianMixture(weights, means, covariances)
+        solution = sd.sample_adaptive(
+            exact.score_fn(sde), sde, jax.random.key(0), start.shape, init=jnp.asarray(start), method="dopri8", rtol=1e-9,
+            atol=1e-9, denoise=False,
+        )  # fmt: skip
+        assert solution.success.all()
+        end = np.asarray(solution.samples)
+    return Problem(name, sde, sd.GaussianMixture(weights, means, covariances), start, end)
+
+
+def ve(sigma_min=SIGMA_MIN, sigma_max=SIGMA_MAX) -> sd.VE:
+    """VE whose times 1 and (all but) 0 are sigma_max and sigma_min."""
+    return sd.VE(sigma_min=sigma_min, sigma_max=sigma_max, t_min=1e-9, t_train=1e-9)
+
+
+def digits(bench: Path | None) -> Problem:
+    """The mixture of the digits: that of the benchmark's folder, or one fitted here."""
     if bench is not None:
         z, x = np.load(bench / "gmm_digits.npz"), np.load(bench / "gmm_digits_x.npy")
         covariances = np.einsum("kij,kj,klj->kil", z["Q"], z["lam"], z["Q"])
-        return sd.GaussianMixture(z["w"], z["mu"], covariances), x[0], x[1], str(bench)
+        return Problem(str(bench), ve(), sd.GaussianMixture(z["w"], z["mu"], covariances), x[0], x[1])
     from sklearn.datasets import load_digits
     from sklearn.mixture import GaussianMixture
 
@@ -46,50 +83,48 @@ def load(bench: Path | None):
     pixels = load_digits().data
     pixels = (pixels + rng.uniform(size=pixels.shape)) / 8.5 - 1
     fit = GaussianMixture(10, reg_covar=1e-3, random_state=0).fit(pixels)
-    x = SIGMA_MAX * rng.standard_normal((256, 64))
-    with jax.enable_x64(True):
-        exact = sd.GaussianMixture(fit.weights_, fit.means_, fit.covariances_)
-        ends = sd.sample_adaptive(
-            exact.score_fn(process()), process(), jax.random.key(0), x.shape, init=jnp.asarray(x), method="dopri8",
-            rtol=1e-9, atol=1e-9, denoise=False,
-        ).samples  # fmt: skip
-    return sd.GaussianMixture(fit.weights_, fit.means_, fit.covariances_), x, np.asarray(ends), "scikit-learn's mixture of the digits"
+    start = SIGMA_MAX * rng.standard_normal((256, 64))
+    return solve("scikit-learn's mixture of the digits", ve(), fit.weights_, fit.means_, fit.covariances_, start)
+
+
+def random_mixture(seed: int) -> Problem:
+    """A random problem: 2 to 128 dimensions, 1 to 20 components, power-law spectra, VE and VP."""
+    rng = np.random.default_rng(seed)
+    dim, components = int(rng.choice([2, 4, 8, 16, 32, 64, 128])), int(rng.choice([1, 2, 3, 5, 10, 20]))
+    decay, inside, scale = rng.uniform(0, 2), rng.uniform(0.05, 0.8), np.exp(rng.uniform(-1, 0.5))
+    spectrum = np.arange(1.0, dim + 1) ** -decay
+    spectrum *= inside / spectrum.mean()
+    bases = np.linalg.qr(rng.standard_normal((components, dim, dim)))[0]
+    sizes = np.exp(0.3 * rng.standard_normal((components, 1)))
+    covariances = scale**2 * np.einsum("kij,kj,klj->kil", bases, sizes * spectrum + 1e-4, bases)
+    means = scale * np.sqrt(1 - inside) * rng.standard_normal((components, dim))
+    weights = rng.dirichlet(np.full(components, 3.0))
+    sde = [ve(), ve(0.01, 50.0), sd.VP()][int(rng.integers(3))]
+    start = np.asarray(sde.prior_sample(jax.random.key(seed), (256, dim)), np.float64)
+    name = f"{components} in {dim}d, {type(sde).__name__}"
+    return solve(name, sde, weights, means, covariances, start)
 
 
 def rmse(x, ends) -> float:
     return float(np.sqrt(np.mean((np.asarray(x, np.float64) - ends) ** 2)))
 
 
-def ours(mixture, x, ends) -> dict[str, dict[int, tuple[float, str]]]:
+def ours(problem: Problem) -> dict[str, dict[int, tuple[float, str]]]:
     """The error of each method at each budget, with the best of its grids."""
-    sde = process()
-    score_fn, init = mixture.score_fn(sde), jnp.asarray(x, jnp.float32)
     table = {}
     for name, solver in ode.METHODS.items():
+        grids = ("student",) if name == "adams" else tuple(g for g in GRIDS if g != "quadratic")
         table[name] = {}
         for budget in BUDGETS:
             steps = budget // solver.evaluations
-            if steps < solver.min_steps:
-                continue
-            grids = ("student",) if name == "adams" else tuple(g for g in GRIDS if g != "quadratic")
-            errors = {
-                grid: rmse(
-                    sd.sample_ode(
-                        score_fn, sde, jax.random.key(0), init.shape, init=init, method=name, num_steps=steps, grid=grid,
-                        denoise=False,
-                    ),
-                    ends,
-                )
-                for grid in grids
-            }  # fmt: skip
-            grid = min(errors, key=errors.get)
-            table[name][budget] = (errors[grid], grid)
+            if steps >= solver.min_steps:
+                table[name][budget] = min((problem.error(method=name, num_steps=steps, grid=grid), grid) for grid in grids)
     return table
 
 
-def stochastic(mixture) -> dict[str, dict[int, float]]:
+def stochastic(problem: Problem) -> dict[str, dict[int, float]]:
     """Of the SDE solvers: how far the covariance of 4,096 samples is off, in the Frobenius norm."""
-    sde, table = process(), {}
+    sde, mixture, table = problem.sde, problem.mixture, {}
     exact = np.asarray(mixture.covariance(), np.float64)
     draws = np.cov(np.asarray(mixture.sample(jax.random.key(2), 4096), np.float64).T)
     table["exact draws"] = dict.fromkeys((10, 20, 50, 200), float(np.linalg.norm(draws - exact) / np.linalg.norm(exact)))
@@ -97,7 +132,7 @@ def stochastic(mixture) -> dict[str, dict[int, float]]:
         table[name] = {}
         for budget in (10, 20, 50, 200):
             samples = sd.sample_sde(
-                mixture.score_fn(sde), sde, jax.random.key(1), (4096, exact.shape[0]), method=name,
+                problem.score_fn, sde, jax.random.key(1), (4096, exact.shape[0]), method=name,
                 num_steps=budget // solver.evaluations, grid="student",
             )  # fmt: skip
             gap = np.cov(np.asarray(samples, np.float64).T) - exact
@@ -105,23 +140,19 @@ def stochastic(mixture) -> dict[str, dict[int, float]]:
     return table
 
 
-def learned(mixture, x, ends) -> dict[int, dict]:
+def learned(problem: Problem) -> dict[int, dict]:
     """Fitted solvers: their error on the start states, which the fit does not see, and the seconds of the fit."""
-    sde, out = process(), {}
-    init = jnp.asarray(x, jnp.float32)
+    out = {}
     for budget in (5, 6, 8, 10, 15, 20):
         began = time.perf_counter()
-        solver = sd.fit_solver(mixture.score_fn(sde), sde, jax.random.key(2), init.shape, nfe=budget)
+        solver = sd.fit_solver(problem.score_fn, problem.sde, jax.random.key(2), problem.start.shape, nfe=budget)
         seconds = time.perf_counter() - began
-        end = sd.sample_ode(
-            mixture.score_fn(sde), sde, jax.random.key(0), init.shape, init=init, method=solver, denoise=False
-        )
-        out[budget] = {"rmse": rmse(end, ends), "seconds": seconds, **json.loads(solver.facts)}
+        out[budget] = {"rmse": problem.error(method=solver), "seconds": seconds, **json.loads(solver.facts)}
     return out
 
 
-def peers(mixture, x, ends) -> dict[str, dict[int, tuple[float, str]]]:
-    """diffusers' solvers on the same states, each with the better of EDM's grid and uniform log sigma."""
+def peers(problem: Problem) -> dict[str, dict[int, tuple[float, str]]]:
+    """diffusers' solvers on the same states, each with the better of EDM's grid and uniform log(sigma / alpha)."""
     import torch
     from diffusers import DEISMultistepScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
 
@@ -133,39 +164,60 @@ def peers(mixture, x, ends) -> dict[str, dict[int, tuple[float, str]]]:
         "UniPC-3": (UniPCMultistepScheduler, {"solver_order": 3, "solver_type": "bh2"}),
         "DEIS-3": (DEISMultistepScheduler, {"solver_order": 3}),
     }
-    grids = {
-        "edm": lambda n: np.linspace(SIGMA_MAX ** (1 / 7), SIGMA_MIN ** (1 / 7), n + 1) ** 7,
-        "log_snr": lambda n: np.geomspace(SIGMA_MAX, SIGMA_MIN, n + 1),
-    }
-    sde = process()
-    exact = jax.jit(mixture.score_fn(sde).predict)
-
-    def denoise(x_vp, sigma):
-        """E[x_0] at the variance-preserving state: diffusers knows sigma / alpha alone, VE's sigma."""
-        t = np.log(sigma / SIGMA_MIN) / np.log(SIGMA_MAX / SIGMA_MIN)
-        state = jnp.asarray(x_vp.numpy() * np.sqrt(1 + sigma**2), jnp.float32)
-        return torch.from_numpy(np.asarray(exact(state, jnp.full(len(state), t, jnp.float32))[0], np.float64))
+    sde = problem.sde
+    exact = jax.jit(problem.score_fn.predict)
+    grids = {name: {n: np.asarray(sd.time_grid(sde, n, name)) for n in BUDGETS} for name in ("edm", "log_snr")}
 
     table = {}
     for name, (scheduler, options) in kinds.items():
         table[name] = {}
         for budget in BUDGETS:
             errors = {}
-            for grid, fill in grids.items():
-                sigmas = fill(budget)
+            for grid, times in grids.items():
+                t = times[budget]
+                alpha, sigma = (np.asarray(f(t), np.float64) for f in (sde.alpha, sde.sigma))
+                # diffusers knows sigma / alpha alone, and keeps the state of a variance-preserving process.
+                scale = np.hypot(alpha, sigma)
                 solver = scheduler(prediction_type="sample", **options)
                 solver.set_timesteps(budget)
-                solver.sigmas = torch.from_numpy(sigmas)
+                solver.sigmas = torch.from_numpy(sigma / alpha)
                 solver.timesteps = torch.arange(budget)
                 solver.num_inference_steps = budget
                 solver.model_outputs = [None] * solver.config.solver_order
-                state = torch.from_numpy(x / np.sqrt(1 + SIGMA_MAX**2))
+                state = torch.from_numpy(problem.start / scale[0])
                 for i in range(budget):
-                    state = solver.step(denoise(state, sigmas[i]), solver.timesteps[i], state).prev_sample
-                errors[grid] = rmse(state.numpy() * np.sqrt(1 + SIGMA_MIN**2), ends)
+                    x = jnp.asarray(state.numpy() * scale[i], jnp.float32)
+                    x0 = exact(x, jnp.full(len(x), t[i]))[0]
+                    state = solver.step(torch.from_numpy(np.asarray(x0, np.float64)), solver.timesteps[i], state).prev_sample
+                errors[grid] = rmse(state.numpy() * scale[-1], problem.end)
             grid = min(errors, key=errors.get)
             table[name][budget] = (errors[grid], grid)
     return table
+
+
+def best_peer(table, budget: int) -> float:
+    return min(row[budget][0] for row in table.values())
+
+
+def generality(seeds, fit: bool) -> dict[str, dict]:
+    """Ratios to the best peer on random mixtures, printed a line each."""
+    out = {}
+    print("\nrandom mixtures: error over that of the best peer")
+    print(f"{'default solver':<28}" + "".join(f"{n:>8}" for n in BUDGETS), flush=True)
+    for seed in seeds:
+        problem = random_mixture(seed)
+        best = peers(problem)
+        row = {"default": {n: problem.error(num_steps=n) / best_peer(best, n) for n in BUDGETS}}
+        print(f"{seed:>3} {problem.name:<24}" + "".join(f"{v:8.2f}" for v in row["default"].values()), flush=True)
+        if fit:
+            row["learned"] = {n: v["rmse"] / best_peer(best, n) for n, v in learned(problem).items()}
+            print(f"{'    fitted':<28}" + "".join(f"{v:8.3f}" for v in row["learned"].values()), flush=True)
+        out[f"{seed}: {problem.name}"] = row
+    for kind in row:
+        ratios = np.array([list(r[kind].values()) for r in out.values()])
+        print(f"{kind + ', geometric mean':<28}" + "".join(f"{v:8.2f}" for v in np.exp(np.log(ratios).mean(0))))
+        print(f"{'  at most 1':<28}" + "".join(f"{v:8.0%}" for v in (ratios <= 1).mean(0)))
+    return out
 
 
 def show(title, table, best=None):
@@ -207,32 +259,33 @@ def main():
     parser.add_argument("--out", type=Path, default=Path("runs/solvers"))
     parser.add_argument("--learned", action="store_true", help="also fit solvers, some minutes each")
     options = parser.parse_args()
-    mixture, x, ends, what = load(options.bench)
-    print(f"{what}: {len(x)} states; {jax.devices()[0].platform}, JAX {jax.__version__}, Python {platform.python_version()}")
+    problem = digits(options.bench)
+    print(f"{problem.name}: {len(problem.start)} states; {jax.devices()[0].platform}, JAX {jax.__version__}, Python {platform.python_version()}")
 
-    table = ours(mixture, x, ends)
+    table = ours(problem)
     try:
-        others = peers(mixture, x, ends)
+        others = peers(problem)
     except ImportError:
         others = {}
     show("RMSE of the end points, best grid of each method (adams: its own)", table)
     if others:
-        best = [table["adams"][n][0] / min(row[n][0] for row in others.values()) for n in BUDGETS]
+        best = [table["adams"][n][0] / best_peer(others, n) for n in BUDGETS]
         show("diffusers, better of two grids", others, best)
     else:
         print("\n(diffusers is not installed: pip install -e '.[bench]' runs its solvers here too)")
-    variances = stochastic(mixture)
+    variances = stochastic(problem)
     print("\nreverse SDE: error of the covariance of 4,096 samples over its norm")
     print(f"{'':<20}" + "".join(f"{n:>10}" for n in (10, 20, 50, 200)))
     for name, row in variances.items():
         print(f"{name:<20}" + "".join(f"{v:10.3f}" for v in row.values()))
-    fits = learned(mixture, x, ends) if options.learned else {}
+    fits = learned(problem) if options.learned else {}
     if fits:
         print("\nfitted solvers, on states that the fit did not see")
         for n, row in fits.items():
             print(f"{n:>4} evaluations  RMSE {row['rmse']:.5f}  ({row['rmse'] / table['adams'][n][0]:.2f} of adams)  {row['seconds']:.0f} s")
+    unseen = generality(range(100, 100 + options.mixtures), options.learned) if options.mixtures and others else {}
     options.out.mkdir(parents=True, exist_ok=True)
-    figures = {"problem": what, "jax": jax.__version__, "ode": table, "diffusers": others, "sde": variances, "learned": fits}
+    figures = {"problem": problem.name, "jax": jax.__version__, "ode": table, "diffusers": others, "sde": variances, "learned": fits, "mixtures": unseen}
     (options.out / "solvers.json").write_text(json.dumps(figures, indent=1) + "\n")
     draw(options.out / "solvers.png", table, others, fits)
     print(f"\nfigures in {options.out / 'solvers.json'}, a picture in {options.out / 'solvers.png'}")

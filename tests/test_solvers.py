@@ -17,7 +17,7 @@ from sde_diffusion.samplers.linear import Steps, Table
 
 MEAN, STD = 0.8, 0.6
 METHODS = {**ode.METHODS, **reverse.METHODS}
-BENCH = Path(os.environ.get("TFDS_DATA_DIR", "/nowhere")).parents[1] / "bench"
+BENCH = Path(os.environ.get("TFDS_DATA_DIR", "/no/prepared/data")).parent.parent / "bench"
 
 
 def deterministic(method, *args, **options):

@@ -24,6 +24,10 @@ from sde_diffusion.samplers.ode import METHODS, sample_ode
 from sde_diffusion.sde import SDE, check, known, pytree_dataclass
 
 
+# Random directions of each end point in which its derivatives are taken.
+_PROBES = 2
+
+
 @pytree_dataclass
 class LearnedSolver:
     """A fitted solver, for `sample_ode(..., method=solver)`; made by `fit_solver` or `LearnedSolver.load`.
@@ -163,27 +167,25 @@ def fit_solver(
 
     first = best = float(errors(score_fn, theta[None], *held_out)[0])
     best_theta, damping, idle, began = theta, 1e-3, 0, time.monotonic()
-    # An update's cost grows with the factors times the evaluations: fewer states for more of them.
-    per_update = int(np.clip(400_000 // (len(theta) * nfe), 64, data[0].shape[0] * shape[0]))
-    rng = np.random.default_rng(0)
+    now = float(errors(score_fn, theta[None], *data)[0])
     with tqdm(total=max_updates, desc=f"fit nfe={nfe}", disable=not progress) as bar:
-        for _ in range(max_updates):
-            rows = rng.choice(data[0].shape[0] * shape[0], per_update, replace=False)
-            some = (a.reshape(-1, *shape[1:])[rows] for a in data)
-            matrix, vector = (np.asarray(a, np.float64) for a in normal_equations(score_fn, theta, *some))
+        for key_probes in jax.random.split(jax.random.fold_in(key, 1), max_updates):
+            gradient, matrix = (np.asarray(a, np.float64) for a in normal_equations(score_fn, theta, *data, key_probes))
             # Several dampings at once; the errors on all states choose among them.
-            dampings = damping * 10.0 ** np.arange(-2, 3)
+            dampings = damping * np.array([0.03, 0.3, 3.0, 30.0])
             scale = np.diag(np.diag(matrix) + 1e-9 * np.trace(matrix))
-            moves = np.stack([np.linalg.solve(matrix + d * scale, -vector) for d in dampings])
-            candidates = theta[None] + jnp.asarray(np.concatenate([np.zeros((1, len(theta))), moves]), theta.dtype)
+            moves = np.stack([np.linalg.solve(matrix + d * scale, -gradient) for d in dampings])
+            candidates = theta[None] + jnp.asarray(moves, theta.dtype)
             values = np.nan_to_num(np.asarray(errors(score_fn, candidates, *data)), nan=np.inf)
             winner = int(values.argmin())
-            damping = dampings[winner - 1] if winner else 100 * damping
-            theta = candidates[winner]
-            now = float(errors(score_fn, theta[None], *held_out)[0])
-            idle = 0 if now < 0.99 * best else idle + 1
-            if now < best:
-                best, best_theta = now, theta
+            if values[winner] < now:
+                theta, now, damping = candidates[winner], values[winner], dampings[winner]
+            else:
+                damping = 100 * damping
+            held = float(errors(score_fn, theta[None], *held_out)[0])
+            idle = 0 if held < 0.99 * best else idle + 1
+            if held < best:
+                best, best_theta = held, theta
             bar.update()
             bar.set_postfix_str(f"held-out error {best / first:.3f} of the default's")
             if idle >= 6 or time.monotonic() - began > seconds:
@@ -246,15 +248,23 @@ def _errors(solve, score_fn, thetas, x, target):
     return jax.lax.map(batch_error, thetas)
 
 
-def _normal_equations(solve, score_fn, theta, x, target):
-    """J^T J and J^T r of the residuals r of states `(S, *event)`, by forward-mode derivatives, 64 states at a time."""
-    num = theta.shape[0]
+def _normal_equations(solve, score_fn, theta, x, target, key):
+    """J^T r of the residuals r of all states `(C, B, *event)`, and an unbiased J^T J: E[(J^T v) (J^T v)^T], v = +-1.
 
-    def one(pair):
-        x, target = pair
-        end, push = jax.linearize(lambda v: solve(score_fn, v, x[None])[0], theta)
-        return jax.vmap(push)(jnp.eye(num, dtype=theta.dtype)).reshape(num, -1), (end - target).reshape(-1)
+    Reverse mode: some cotangents of each state's end point, whatever the number of parameters.
+    """
 
-    jacobian, residual = jax.lax.map(one, (x, target), batch_size=64)
-    jacobian = jnp.moveaxis(jacobian, 1, 0).reshape(num, -1)
-    return jnp.matmul(jacobian, jacobian.T, precision="highest"), jnp.matmul(jacobian, residual.ravel(), precision="highest")
+    def one(inputs):
+        x, target, key = inputs
+        end, pull = jax.vjp(lambda v: solve(score_fn, v, x[None])[0], theta)
+        probes = jax.random.rademacher(key, (_PROBES, *end.shape), end.dtype)
+        rows = jax.vmap(lambda cotangent: pull(cotangent)[0])(jnp.concatenate([(end - target)[None], probes]))
+        return rows[0], rows[1:]
+
+    def batch(total, inputs):
+        gradients, rows = jax.vmap(one)(inputs)
+        rows = rows.reshape(-1, len(theta))
+        return jax.tree.map(jnp.add, total, (gradients.sum(0), jnp.matmul(rows.T, rows, precision="highest") / _PROBES)), None
+
+    zero = jnp.zeros_like(theta)
+    return jax.lax.scan(batch, (zero, jnp.outer(zero, zero)), (x, target, jax.random.split(key, x.shape[:2])))[0]

@@ -17,36 +17,41 @@ METHODS: dict[str, Solver] = {}
 
 
 def _adams(steps, order):
-    space, order = angle_space(steps), orders(steps.num, order)
+    space = angle_space(steps)
     return multistep(steps, space, adams_bashforth(space, order), adams_moulton(space, order))
 
 
-@register(METHODS, order=5, evaluations=1, source="as adams_4")
+@register(METHODS, order=3, evaluations=1, source="as adams_4")
 def adams(steps: Steps) -> Table:
-    """The default, for any number of evaluations: adams_2 below 8 steps, adams_3 below 15, adams_4 from there on."""
-    return _adams(steps, 2 if steps.num < 8 else 3 if steps.num < 15 else 4)
+    """The default, for any number of evaluations: adams_4 (adams_3 below 10 steps) that ends with three steps of adams_2.
+
+    At the end the steps are long beside the finest structure of the data, and the network's own error outweighs what
+    higher orders gain.
+    """
+    left = steps.num - np.arange(steps.num)
+    return _adams(steps, np.minimum(orders(steps.num, 3 if steps.num < 10 else 4), np.maximum(2, left - 1)))
 
 
 @register(METHODS, order=3, evaluations=1, min_steps=2, source="as adams_4")
 def adams_2(steps: Steps) -> Table:
-    """As adams_4, predictor of order 2 and corrector of order 3: for 5 to 7 evaluations."""
-    return _adams(steps, 2)
+    """As adams_4, predictor of order 2 and corrector of order 3."""
+    return _adams(steps, orders(steps.num, 2))
 
 
 @register(METHODS, order=4, evaluations=1, min_steps=3, source="as adams_4")
 def adams_3(steps: Steps) -> Table:
-    """As adams_4, predictor of order 3 and corrector of order 4: for 8 to 14 evaluations."""
-    return _adams(steps, 3)
+    """As adams_4, predictor of order 3 and corrector of order 4."""
+    return _adams(steps, orders(steps.num, 3))
 
 
 @register(METHODS, order=5, evaluations=1, min_steps=4, source="linear.angle_space")
 def adams_4(steps: Steps) -> Table:
-    """Multistep predictor and corrector for w over the angle arctan(sigma / (alpha s)): for 15 evaluations and more.
+    """Multistep predictor and corrector for w over the angle arctan(sigma / (alpha s)): for exact scores.
 
     Adams-Bashforth of order 4 predicts a step, Adams-Moulton of order 5 redoes it once its end has been evaluated for the next (PEC). Orders
     rise from 1 at the start; the last step is not corrected. Needs the data's standard deviation s, roughly.
     """
-    return _adams(steps, 4)
+    return _adams(steps, orders(steps.num, 4))
 
 
 # Exponential integrators of the literature.
