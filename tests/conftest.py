@@ -16,3 +16,10 @@ def x64():
     jax.config.update("jax_enable_x64", True)
     yield
     jax.config.update("jax_enable_x64", False)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _free_programs():
+    """Frees what a module compiled: the programs of all tests together fill gigabytes."""
+    yield
+    jax.clear_caches()
