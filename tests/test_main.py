@@ -170,6 +170,7 @@ def test_the_real_data_train(name, extra, tmp_path):
     done = run(
         f"--workdir={tmp_path}", f"--config={ROOT / 'configs' / (name + '.py')}", *TINY[1:], "--config.model.num_blocks=1",
         "--config.train.num_steps=40", "--config.train.log_every=10", "--config.optim.warmup_steps=5", "--config.optim.lr=2e-3",
+        "--config.train.sample_every=40", "--config.train.checkpoint_every=40",
         *extra,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]

@@ -47,7 +47,7 @@ def test_convergence_orders(method, x64):
     assert METHODS[method].order - 0.35 < order(steps, errors) < METHODS[method].order + 0.8, errors
 
 
-@pytest.mark.parametrize("level", [0.0, 0.5, 1.0, 1.5])
+@pytest.mark.parametrize("level", [0.0, 0.5, 1.5])
 @pytest.mark.parametrize("method", ["ancestral", "churned_heun", "sa_solver", "sde_dpmpp_2m", "sde_dpmpp_3m"])
 @pytest.mark.parametrize("name", ["vp", "ve"])
 def test_every_noise_level_keeps_the_marginals(name, method, level):
