@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -244,7 +246,10 @@ def test_float32_states_pass_through_under_x64(sde, x64):
     """The grid and the schedule are float64 then; the network is not asked to be."""
     score_fn = sd.as_score(lambda x, c: (0.5 * x).astype(jnp.float32), sde, prediction="eps")
     init = jnp.ones((3, 2), jnp.float32)
+    key = jax.random.key(0)
     for function in (sd.sample_ode, sd.sample_sde, sd.sample_pc):
-        assert function(score_fn, sde, jax.random.key(0), (3, 2), init=init, num_steps=4).dtype == jnp.float32
-    assert sd.log_likelihood(score_fn, sde, jax.random.key(0), init, rtol=0.1, atol=0.1).dtype == jnp.float32
-    assert sd.dsm_loss(score_fn, sde, jax.random.key(0), init).dtype == jnp.float32
+        sample = functools.partial(function, score_fn, sde, key, (3, 2), num_steps=4)
+        assert jax.eval_shape(lambda x: sample(init=x), init).dtype == jnp.float32
+    likelihood = functools.partial(sd.log_likelihood, score_fn, sde, key, rtol=0.1, atol=0.1)
+    assert jax.eval_shape(likelihood, init).dtype == jnp.float32
+    assert jax.eval_shape(functools.partial(sd.dsm_loss, score_fn, sde, key), init).dtype == jnp.float32
