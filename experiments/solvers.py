@@ -13,6 +13,7 @@ Prints tables, writes solvers.json and solvers.png to --out.
 
 import argparse
 import dataclasses
+import importlib.util
 import json
 import platform
 import time
@@ -257,8 +258,11 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--bench", type=Path, help="folder with gmm_digits.npz and gmm_digits_x.npy")
     parser.add_argument("--out", type=Path, default=Path("runs/solvers"))
-    parser.add_argument("--learned", action="store_true", help="also fit solvers, some minutes each")
+    parser.add_argument("--learned", action="store_true", help="also fit solvers, a minute or two each")
+    parser.add_argument("--mixtures", type=int, default=0, help="also this many random mixtures; needs the extra bench")
     options = parser.parse_args()
+    if options.mixtures > 0 and importlib.util.find_spec("diffusers") is None:
+        parser.error("--mixtures compares with diffusers, which is not installed: pip install -e '.[bench]'")
     problem = digits(options.bench)
     print(f"{problem.name}: {len(problem.start)} states; {jax.devices()[0].platform}, JAX {jax.__version__}, Python {platform.python_version()}")
 
@@ -283,7 +287,7 @@ def main():
         print("\nfitted solvers, on states that the fit did not see")
         for n, row in fits.items():
             print(f"{n:>4} evaluations  RMSE {row['rmse']:.5f}  ({row['rmse'] / table['adams'][n][0]:.2f} of adams)  {row['seconds']:.0f} s")
-    unseen = generality(range(100, 100 + options.mixtures), options.learned) if options.mixtures and others else {}
+    unseen = generality(range(100, 100 + options.mixtures), options.learned) if options.mixtures > 0 else {}
     options.out.mkdir(parents=True, exist_ok=True)
     figures = {"problem": problem.name, "jax": jax.__version__, "ode": table, "diffusers": others, "sde": variances, "learned": fits, "mixtures": unseen}
     (options.out / "solvers.json").write_text(json.dumps(figures, indent=1) + "\n")

@@ -23,7 +23,6 @@ from sde_diffusion.samplers.linear import Steps, Table, run
 from sde_diffusion.samplers.ode import METHODS, sample_ode
 from sde_diffusion.sde import SDE, check, known, pytree_dataclass
 
-
 # Random directions of each end point in which its derivatives are taken.
 _PROBES = 2
 
@@ -116,9 +115,10 @@ def fit_solver(
 ) -> LearnedSolver:
     """Fits a solver of `nfe` evaluations to a score function: the smallest end-point error, E|x - x_fine|^2.
 
-    Times, factors of the state and of all evaluations so far (the last 6 where nfe > 10) are fitted by Levenberg-Marquardt, from the default
-    solver on, against solutions of `adams_4` in `fine_steps` steps from `num_states` prior draws. A quarter of the
-    states is held out: the best solver on these is returned, and fitting ends when they stop improving.
+    Times, factors of the state and of all evaluations so far (the last 6 where nfe > 10) are fitted by
+    Levenberg-Marquardt, from the default solver on, against solutions of `adams_4` in `fine_steps` steps from
+    `num_states` prior draws. A quarter of the states is held out: the best solver on these is returned, whose held-out
+    error is a little optimistic for it, and fitting ends when they stop improving. Family: arXiv:2403.01329.
 
     Args:
       score_fn: `(x (B, *event), t (B,)) -> (B, *event)`.

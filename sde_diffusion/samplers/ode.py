@@ -46,10 +46,10 @@ def adams_3(steps: Steps) -> Table:
 
 @register(METHODS, order=5, evaluations=1, min_steps=4, source="linear.angle_space")
 def adams_4(steps: Steps) -> Table:
-    """Multistep predictor and corrector for w over the angle arctan(sigma / (alpha s)): for exact scores.
+    """Multistep predictor and corrector for w over the angle arctan(sigma / (alpha s)): for many steps and small errors.
 
-    Adams-Bashforth of order 4 predicts a step, Adams-Moulton of order 5 redoes it once its end has been evaluated for the next (PEC). Orders
-    rise from 1 at the start; the last step is not corrected. Needs the data's standard deviation s, roughly.
+    Adams-Bashforth of order 4 predicts a step, Adams-Moulton of order 5 redoes it once its end has been evaluated for the
+    next (PEC). Orders rise from 1 at the start; the last step is not corrected. Needs the data's standard deviation s, roughly.
     """
     return _adams(steps, orders(steps.num, 4))
 
