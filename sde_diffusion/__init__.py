@@ -1,6 +1,7 @@
 """Continuous-time SDE diffusion in JAX: `import sde_diffusion as sd`."""
 
 from sde_diffusion.analytic import GaussianMixture
+from sde_diffusion.bound import Bound, variational_bound
 from sde_diffusion.discrete import DDPM, SMLD, cosine_betas, linear_betas
 from sde_diffusion.likelihood import log_likelihood
 from sde_diffusion.losses import dsm_loss, sample_times, weighted_loss
@@ -8,11 +9,12 @@ from sde_diffusion.prediction import as_score
 from sde_diffusion.samplers import (
     LearnedSolver, fit_solver, sample_adaptive, sample_ode, sample_pc, sample_sde, solvers, time_grid,
 )  # fmt: skip
+from sde_diffusion.schedules import LinearLogSNR, MonotoneLogSNR
 from sde_diffusion.sde import SDE, VE, VP, CosineVP, SubVP
 
 __all__ = [
-    "DDPM", "LearnedSolver", "SDE", "SMLD", "VE", "VP", "CosineVP", "GaussianMixture", "SubVP", "as_score", "cosine_betas",
+    "Bound", "DDPM", "LearnedSolver", "LinearLogSNR", "MonotoneLogSNR", "SDE", "SMLD", "VE", "VP", "CosineVP", "GaussianMixture", "SubVP", "as_score", "cosine_betas",
     "dsm_loss", "fit_solver", "linear_betas", "log_likelihood", "sample_adaptive", "sample_ode", "sample_pc",
     "sample_sde", "sample_times", "solvers",
-    "time_grid", "weighted_loss",
+    "time_grid", "variational_bound", "weighted_loss",
 ]  # fmt: skip

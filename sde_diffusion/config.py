@@ -7,9 +7,10 @@ import dataclasses
 import inspect
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from ml_collections import ConfigDict, config_dict
 
 from sde_diffusion import models
@@ -19,8 +20,12 @@ from sde_diffusion.samplers import LearnedSolver, sample_ode, sample_pc, sample_
 from sde_diffusion.samplers import ode, pc, sde as reverse
 from sde_diffusion.samplers.grid import GRIDS, check_t_end
 from sde_diffusion.samplers.integrate import check_start
-from sde_diffusion.sde import SDE, SDES, check
+from sde_diffusion.schedules import BetweenEnds, LinearLogSNR, MonotoneLogSNR
+from sde_diffusion.sde import SDE, VE, VP, CosineVP, SubVP, check
 
+SDES = {
+    "vp": VP, "subvp": SubVP, "ve": VE, "cosine": CosineVP, "linear_log_snr": LinearLogSNR, "monotone_log_snr": MonotoneLogSNR,
+}  # fmt: skip
 # The function, the solvers that it knows, and its usual one.
 SAMPLERS = {
     "ode": (sample_ode, ode.METHODS, "adams"),
@@ -49,9 +54,10 @@ def defaults() -> dict[str, Any]:
             "sigma_data": 0.5,  # standard deviation of the scaled data, for edm
         },
         "loss": {
-            "name": "weighted",  # weighted (1/2 w(lambda) (-dlambda/dt) |eps - eps_hat|^2) or dsm
-            "weight": "elbo",  # weighted: elbo, simple, edm, sigmoid, ...; dsm: sigma2 or likelihood
+            "name": "weighted",  # weighted (1/2 w(lambda) (-dlambda/dt) |eps - eps_hat|^2), dsm, or bound (VDM's, of the levels)
+            "weight": "elbo",  # weighted: elbo, simple, edm, sigmoid, ...; dsm: sigma2 or likelihood; bound: elbo
             "times": "log_snr",  # how times are drawn: uniform or log_snr
+            "learn_schedule": False,  # of bound: the log-SNR is learned as well (sde linear_log_snr or monotone_log_snr)
         },
         "optim": {
             "lr": 2e-4,
@@ -95,6 +101,8 @@ def defaults() -> dict[str, Any]:
             "rtol": 1e-3,
             "atol": 1e-3,
             "t_end": config_dict.placeholder(float),  # None: the SDE's t_min
+            "ode": True,  # bits/dim by the ODE likelihood
+            "bound_draws": 0,  # bits/dim by the variational bound, from this many draws an example; 0: not
             "gaussian_mixture": False,  # also fit scikit-learn's Gaussian mixtures to the training set, for comparison
             "seed": 0,
         },
@@ -110,7 +118,8 @@ def _options(cls) -> dict[str, Any]:
     """The options of a dataclass or Linen module with their defaults, as plain config values."""
     out = {}
     for field in dataclasses.fields(cls):
-        if field.init and field.name not in ("parent", "name"):  # these two are Linen's own
+        # The first two are Linen's own; a default that has to be made is an array.
+        if field.init and field.name not in ("parent", "name") and field.default is not dataclasses.MISSING:
             kind = float if "float" in str(field.type) else int
             out[field.name] = config_dict.placeholder(kind) if field.default is None else field.default
     return out
@@ -204,9 +213,16 @@ def validate(config: ConfigDict) -> None:
     sde = build_sde(config)
     models.build(config.model.name, **_model_options(config))
     as_score(lambda x, c: x, sde, **_prediction_options(config))
-    losses = {"weighted": {**LOG_SNR_WEIGHTS, **TIME_WEIGHTS}, "dsm": {k: TIME_WEIGHTS[k] for k in ("sigma2", "likelihood")}}
+    losses = {"weighted": {**LOG_SNR_WEIGHTS, **TIME_WEIGHTS}, "dsm": {k: TIME_WEIGHTS[k] for k in ("sigma2", "likelihood")},
+              "bound": {"elbo": 0}}  # fmt: skip
     lookup(lookup(losses, config.loss.name, "loss.name"), config.loss.weight, f"weight of the {config.loss.name} loss")
     lookup({"uniform": 0, "log_snr": 0}, config.loss.times, "loss.times")
+    check(
+        not config.loss.learn_schedule or config.loss.name == "bound" and isinstance(sde, BetweenEnds),
+        f"loss.learn_schedule needs loss.name='bound' and an SDE with a schedule to learn, got {config.loss.name!r} and "
+        f"{config.sde.name!r}: use linear_log_snr or monotone_log_snr",
+    )
+    check(config.eval.ode or config.eval.bound_draws > 0, "eval.ode=False and eval.bound_draws=0 leave no bits/dim; switch one on")
     if config.sample.sampler == "pc":
         lookup(pc.CORRECTORS, config.sample.corrector, "sample.corrector")
     if config.sample.grid is not None:
@@ -235,16 +251,30 @@ def validate(config: ConfigDict) -> None:
     for key in ("optim.beta1", "optim.beta2", "optim.ema_decay", "train.label_dropout"):
         section, name = key.split(".")
         check(0 <= config[section][name] < 1, f"{key}={config[section][name]!r} must be in [0, 1)")
-    for key in ("optim.warmup_steps", "optim.grad_clip", "sample.corrector_steps", "sample.noise_level"):
+    for key in ("optim.warmup_steps", "optim.grad_clip", "sample.corrector_steps", "sample.noise_level", "eval.bound_draws"):
         section, name = key.split(".")
         check(config[section][name] >= 0, f"{key}={config[section][name]!r} must be at least 0")
     n = config.eval.num_examples
     check(n is None or n >= 1, f"eval.num_examples={n} must be at least 1, or None for the whole held-out set")
 
 
-def build_sde(config: ConfigDict) -> SDE:
-    """The SDE of the config."""
-    return _construct(lookup(SDES, config.sde.name, "sde"), config.sde, "sde")
+class Learned(NamedTuple):
+    """Parameters of a run that learns its schedule as well."""
+
+    network: Any
+    schedule: dict[str, Any]  # leaves of the SDE
+
+
+def learned_leaves(sde: SDE) -> dict[str, Any]:
+    """The leaves of a schedule that training may change, as float32 arrays."""
+    names = [f.name for f in dataclasses.fields(sde) if f.name in ("log_snr_max", "log_snr_min", "network")]
+    return {name: jax.tree.map(lambda a: jnp.array(a, jnp.float32), getattr(sde, name)) for name in names}
+
+
+def build_sde(config: ConfigDict, params=None) -> SDE:
+    """The SDE of the config, with the schedule of the parameters where that is learned."""
+    sde = _construct(lookup(SDES, config.sde.name, "sde"), config.sde, "sde")
+    return dataclasses.replace(sde, **params.schedule) if isinstance(params, Learned) else sde
 
 
 def _construct(cls, section, kind):
@@ -275,10 +305,15 @@ def build_model(config: ConfigDict):
     return models.build(config.model.name, **_model_options(config))
 
 
-def build_score(config: ConfigDict, params, labels=None, **apply_options):
-    """The score function of the config's network with the given parameters; a conditional one takes labels, or none."""
-    network = jax.tree_util.Partial(build_model(config).apply, {"params": params}, labels=labels, **apply_options)
-    return as_score(network, build_sde(config), **_prediction_options(config))
+def build_score(config: ConfigDict, params, labels=None, sde=None, **apply_options):
+    """The score function of the config's network with the given parameters; a conditional one takes labels, or none.
+
+    sde: the process in place of the config's.
+    """
+    sde = build_sde(config, params) if sde is None else sde
+    weights = params.network if isinstance(params, Learned) else params
+    network = jax.tree_util.Partial(build_model(config).apply, {"params": weights}, labels=labels, **apply_options)
+    return as_score(network, sde, **_prediction_options(config))
 
 
 def build_loss(config: ConfigDict):
@@ -290,7 +325,7 @@ def build_loss(config: ConfigDict):
 
 
 def build_sampler(config: ConfigDict):
-    """The sampler of the config: (score_fn, key, shape) -> samples."""
+    """The sampler of the config: (score_fn, key, shape) -> samples, for a score function of `build_score`."""
     c = config.sample
     fn, _, usual = SAMPLERS[c.sampler]
     method = c.method or usual
@@ -303,5 +338,4 @@ def build_sampler(config: ConfigDict):
         options["noise_level"] = c.noise_level
     if c.sampler == "ode" and method.endswith(".json"):
         options = {"method": LearnedSolver.load(method), "denoise": c.denoise}
-    sde = build_sde(config)
-    return lambda score_fn, key, shape: fn(score_fn, sde, key, shape, **options)
+    return lambda score_fn, key, shape: fn(score_fn, score_fn.sde, key, shape, **options)

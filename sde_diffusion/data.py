@@ -721,6 +721,13 @@ class Scaler:
         grey = self.decode(y).astype(jnp.float32) * (255.0 / (self.num_levels - 1))
         return jnp.round(grey).astype(jnp.uint8)
 
+    def values(self) -> Float[np.ndarray, " levels"] | None:
+        """What `encode` makes of each level, increasing, `(L,)`; None for vectors."""
+        if self.num_levels is None:
+            return None
+        middle = (np.arange(self.num_levels, dtype=np.float32) + 0.5) / self.num_levels
+        return 2 * middle - 1 if self.centered else middle
+
     def bits_per_dim(
         self, log_prob_nats: Float[Array | np.ndarray, "*batch"], num_dims: int
     ) -> Float[Array, "*batch"]:

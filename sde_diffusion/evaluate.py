@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from sde_diffusion import config as configs
 from sde_diffusion import data, report, samplers, sharding
 from sde_diffusion.analytic import GaussianMixture
+from sde_diffusion.bound import Bound, variational_bound
 from sde_diffusion.checkpoint import Checkpoints
 from sde_diffusion.likelihood import log_likelihood
 from sde_diffusion.sde import SDE
@@ -47,7 +48,7 @@ def load_run(workdir: str | Path) -> Run:
         _, scaler, abstract = train.prepare(config, dataset)
         params = checkpoints.restore(abstract, step).ema
     score_fn = configs.build_score(config, params)
-    return Run(score_fn, configs.build_sde(config), dataset.event_shape, scaler, step, config)
+    return Run(score_fn, configs.build_sde(config, params), dataset.event_shape, scaler, step, config)
 
 
 def make_sampler(config: ConfigDict, mesh, event_shape: tuple[int, ...]):
@@ -77,7 +78,7 @@ def fit_solver(config: ConfigDict, workdir: Path, params, event_shape: tuple[int
     """Fits a solver of `sample.num_steps` evaluations to the network, and writes it to `workdir/solver_NFE.json`."""
     c = config.sample
     solver = samplers.fit_solver(
-        configs.build_score(config, params), configs.build_sde(config), jax.random.key(c.seed),
+        configs.build_score(config, params), configs.build_sde(config, params), jax.random.key(c.seed),
         (min(c.batch_size, 64), *event_shape), nfe=c.num_steps, t_end=c.t_end, num_states=512,
     )  # fmt: skip
     facts = json.loads(solver.facts)
@@ -122,31 +123,67 @@ def bits_per_dim(config: ConfigDict, params, mesh, scaler: data.Scaler, examples
       FloatingPointError: an example whose likelihood is not finite, by number.
     """
     c = config.eval
-    sde = configs.build_sde(config)
-    batch_size = sharding.round_up(mesh, min(c.batch_size, len(examples)))
 
-    @jax.jit
     def log_prob(params, key, levels):
         key_x, key_probe = jax.random.split(key)
         return log_likelihood(
-            configs.build_score(config, params), sde, key_probe, scaler.dequantize(key_x, levels),
-            trace=c.trace, num_probes=c.num_probes, rtol=c.rtol, atol=c.atol, t_end=c.t_end,
+            configs.build_score(config, params), configs.build_sde(config, params), key_probe,
+            scaler.dequantize(key_x, levels), trace=c.trace, num_probes=c.num_probes, rtol=c.rtol, atol=c.atol, t_end=c.t_end,
         )  # fmt: skip
 
-    key = jax.random.key(c.seed)
+    bits = scaler.bits_per_dim(_of_each(config, log_prob, params, mesh, examples), math.prod(examples.shape[1:]))
+    return _mean(bits, "log-likelihood", "loosen eval.rtol and eval.atol, or train longer")
+
+
+def bound_bits_per_dim(config: ConfigDict, params, mesh, scaler: data.Scaler, examples) -> dict[str, float]:
+    """Bits/dim of `examples` by the variational bound: the total with its standard error over the examples, and each term.
+
+    Of the levels themselves, without dequantization; of vectors, of their density. The mean of `eval.bound_draws` draws an example.
+
+    Raises:
+      FloatingPointError: a term that is not finite, by its name, and the example.
+    """
+    c, num_dims = config.eval, math.prod(examples.shape[1:])
+
+    def terms(params, key, levels):
+        def draw(total, key):
+            bound = variational_bound(
+                configs.build_score(config, params), configs.build_sde(config, params), key, scaler.encode(levels),
+                values=scaler.values(),
+            )  # fmt: skip
+            return jax.tree.map(jnp.add, total, bound), None
+
+        zero = Bound(*jnp.zeros((3, len(levels))))
+        total, _ = jax.lax.scan(draw, zero, jax.random.split(key, c.bound_draws))
+        return jnp.stack(total, axis=1) / c.bound_draws
+
+    per_example = _of_each(config, terms, params, mesh, examples)
+    bits = {name: per_example[:, i] / (num_dims * math.log(2.0)) for i, name in enumerate(Bound._fields)}
+    means = {
+        name: _mean(values, f"{name} term of the bound", "train longer, or narrow the schedule's range")["bits_per_dim"]
+        for name, values in bits.items()
+    }
+    return {**_mean(sum(bits.values()), "bound", ""), **means}
+
+
+def _of_each(config, fn, params, mesh, examples) -> np.ndarray:
+    """`fn(params, key, batch of examples)` of exactly the given examples, in order, in float64 on the host."""
+    batch_size = sharding.round_up(mesh, min(config.eval.batch_size, len(examples)))
+    fn, key = jax.jit(fn), jax.random.key(config.eval.seed)
     shard = (jax.process_index(), jax.process_count())
     values = []
     for i, (batch, mask) in enumerate(data.eval_batches(examples, batch_size, shard=shard)):
-        out = _to_host(log_prob(params, jax.random.fold_in(key, i), sharding.put_batch(mesh, batch)))
+        out = _to_host(fn(params, jax.random.fold_in(key, i), sharding.put_batch(mesh, batch)))
         values.append(out[_to_host(sharding.put_batch(mesh, mask))])
-    num_dims = math.prod(examples.shape[1:])
-    bits = np.asarray(scaler.bits_per_dim(np.concatenate(values), num_dims), np.float64)
+    return np.concatenate(values).astype(np.float64)
+
+
+def _mean(bits, name: str, fix: str) -> dict[str, float]:
+    """The mean of bits/dim with its standard error; a FloatingPointError names the first example that is not finite."""
+    bits = np.asarray(bits, np.float64)
     bad = np.flatnonzero(~np.isfinite(bits))
     if len(bad):
-        raise FloatingPointError(
-            f"the log-likelihood of {len(bad)} of {len(bits)} examples is not finite, first of example {bad[0]}: "
-            "loosen eval.rtol and eval.atol, or train longer"
-        )
+        raise FloatingPointError(f"the {name} of {len(bad)} of {len(bits)} examples is not finite, first of example {bad[0]}: {fix}")
     return {"bits_per_dim": bits.mean(), "stderr": bits.std(ddof=1) / math.sqrt(len(bits)) if len(bits) > 1 else None, "num": len(bits)}
 
 
@@ -178,15 +215,23 @@ def evaluate(config: ConfigDict, workdir: Path, params, step: int, dataset: data
     examples = dataset.test[: config.eval.num_examples]
     say = print if jax.process_index() == 0 else lambda *a, **k: None
     say(f"evaluating {len(examples):,} held-out examples and {config.sample.num:,} samples ...", flush=True)
-    ode = bits_per_dim(config, params, mesh, scaler, examples)
-    t_end = config.eval.t_end if config.eval.t_end is not None else configs.build_sde(config).t_min
     of = "" if len(examples) == len(dataset.test) else f" of {len(dataset.test):,}"
-    out = {"step": step, **ode, "t_end": float(t_end)}
     discrete = dataset.num_levels is not None
-    dequantized = ", uniform dequantization" if discrete else ""
-    error = "" if ode["stderr"] is None else f" +- {ode['stderr']:.3f}"
-    lines = [("held-out bits/dim", f"{ode['bits_per_dim']:.3f}{error}",
-              f"ODE likelihood to t = {t_end:g}{dequantized}, {ode['num']:,}{of} examples")]  # fmt: skip
+    out, lines = {"step": step}, []
+    if config.eval.bound_draws:
+        bound = bound_bits_per_dim(config, params, mesh, scaler, examples)
+        out["bound"] = bound
+        lines.append(("held-out bits/dim", _with_error(bound),
+                      f"variational bound, {bound['num']:,}{of} examples, {config.eval.bound_draws} draws each"))  # fmt: skip
+        for term in Bound._fields:
+            lines.append((f"  {term}", f"{bound[term]:.3f}", "of the levels" if term == "reconstruction" and discrete else ""))
+    if config.eval.ode:
+        ode = bits_per_dim(config, params, mesh, scaler, examples)
+        t_end = config.eval.t_end if config.eval.t_end is not None else configs.build_sde(config, params).t_min
+        out |= {**ode, "t_end": float(t_end)}
+        dequantized = ", uniform dequantization" if discrete else ""
+        lines.append(("held-out bits/dim", _with_error(ode),
+                      f"ODE likelihood to t = {t_end:g}{dequantized}, {ode['num']:,}{of} examples"))  # fmt: skip
     # A component needs more examples than dimensions.
     components = [k for k in (5, 10, 20) if k * math.prod(dataset.event_shape) <= len(dataset.train)]
     if config.eval.gaussian_mixture and discrete and components:
@@ -207,12 +252,17 @@ def evaluate(config: ConfigDict, workdir: Path, params, step: int, dataset: data
     lines.append(("  floor", f"{distances['energy_distance_floor']:.4f}", "training to held-out data, as many"))
 
     if jax.process_index() == 0:
-        print("\n".join(f"{name:<24}{value:>16}   {note}" for name, value, note in lines), flush=True)
+        print("\n".join(f"{name:<24}{value:>16}   {note}".rstrip() for name, value, note in lines), flush=True)
         path = workdir / f"eval_{step:08d}.json"
         path.write_text(json.dumps(out, indent=2) + "\n")
         write_samples(config, workdir, samples, step, dataset, scaler)
         print(f"figures in {path}", flush=True)
     return out
+
+
+def _with_error(bits: dict) -> str:
+    error = "" if bits["stderr"] is None else f" +- {bits['stderr']:.3f}"
+    return f"{bits['bits_per_dim']:.3f}{error}"
 
 
 def quality(samples: np.ndarray, dataset: data.Dataset, scaler: data.Scaler, most: int = 2000) -> dict[str, float]:

@@ -54,7 +54,7 @@ def sample_times(
       t `(n,)` and weight `(n,)`, so that E[weight h(t)] is the integral of h over [t_train, t_max] (for levels: the
       mean of h over the levels, weight 1).
     """
-    u = (jax.random.uniform(key, (), dtype) + jnp.arange(n, dtype=dtype) / n) % 1.0
+    u = low_discrepancy(key, n, dtype)
     if not isinstance(times, str):
         _check_levels(sde, times)
         levels = jnp.asarray(times, dtype)
@@ -68,6 +68,11 @@ def sample_times(
         t = jnp.clip(sde.time(low + (high - low) * u), t0, t1)
         return t, (high - low) / -sde.log_snr_rate(t)
     raise ValueError(f"unknown times {times!r}; choose 'uniform', 'log_snr' or an array of levels")
+
+
+def low_discrepancy(key: PRNGKeyArray, n: int, dtype=float) -> Float[Array, " n"]:
+    """u_i = (u_0 + i / n) mod 1 with one uniform u_0: n numbers, each uniform, that fill [0, 1) evenly."""
+    return (jax.random.uniform(key, (), dtype) + jnp.arange(n, dtype=dtype) / n) % 1.0
 
 
 def _check_levels(sde, times):
@@ -95,9 +100,14 @@ def noise_error(
     return (error**2).reshape(x0.shape[0], -1).sum(axis=1)
 
 
-def _loss(score_fn, sde, key, x0, times, weigh, return_times):
+def check_floats(x0) -> None:
+    """Raises ValueError for data of integers."""
     if not jnp.issubdtype(x0.dtype, jnp.floating):
         raise ValueError(f"x0 has dtype {x0.dtype}; scale it to floats first (data.Scaler does, with dequantization)")
+
+
+def _loss(score_fn, sde, key, x0, times, weigh, return_times):
+    check_floats(x0)
     dtype = jnp.promote_types(x0.dtype, jnp.float32)
     key_t, key_eps = jax.random.split(key)
     t, importance = sample_times(key_t, x0.shape[0], sde, times, dtype)

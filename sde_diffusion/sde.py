@@ -39,7 +39,11 @@ def pytree_dataclass(cls):
         return list(zip(keys, children)), fixed
 
     def unflatten(fixed, children):
-        return cls(**dict(zip(leaves, children)), **dict(zip(static, fixed)))
+        # Without __post_init__: JAX also puts placeholders, tracers and gradients in the leaves' places.
+        self = object.__new__(cls)
+        for name, value in (*zip(leaves, children), *zip(static, fixed)):
+            object.__setattr__(self, name, value)
+        return self
 
     jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
     return cls
@@ -92,7 +96,7 @@ class SDE:
     def __post_init__(self):
         if known(self.t_min, self.t_max, self.t_train):
             check(
-                0 < self.t_train <= self.t_min < self.t_max,
+                0 < float(self.t_train) <= float(self.t_min) < float(self.t_max),
                 f"{type(self).__name__} needs 0 < t_train <= t_min < t_max, got t_train={self.t_train}, "
                 f"t_min={self.t_min}, t_max={self.t_max}; set all three to fit",
             )
@@ -192,7 +196,7 @@ class _LinearBeta(_UnitPrior, SDE):
         super().__post_init__()
         if known(self.beta_min, self.beta_max):
             check(
-                0 <= self.beta_min < self.beta_max,
+                0 <= float(self.beta_min) < float(self.beta_max),
                 f"{type(self).__name__} needs 0 <= beta_min < beta_max, got beta_min={self.beta_min}, "
                 f"beta_max={self.beta_max}; 0.1 and 20 are usual",
             )
@@ -255,7 +259,7 @@ class VE(SDE):
     def _check_sigmas(self):
         if known(self.sigma_min, self.sigma_max):
             check(
-                0 < self.sigma_min < self.sigma_max,
+                0 < float(self.sigma_min) < float(self.sigma_max),
                 f"{type(self).__name__} needs 0 < sigma_min < sigma_max, got sigma_min={self.sigma_min}, "
                 f"sigma_max={self.sigma_max}; 0.01 and 50 are usual",
             )
@@ -284,7 +288,7 @@ class CosineVP(_UnitPrior, SDE):
     def __post_init__(self):
         super().__post_init__()
         if known(self.t_max):
-            check(self.t_max <= 1, f"CosineVP needs t_max <= 1, got t_max={self.t_max}: alpha(1) = 0 already")
+            check(float(self.t_max) <= 1, f"CosineVP needs t_max <= 1, got t_max={self.t_max}: alpha(1) = 0 already")
 
     def log_alpha(self, t: Times) -> Float[Array, "*b"]:
         """log sin(pi (1 - t) / 2): exactly -inf at t = 1, where cos(pi t / 2) would round to a negative number."""
@@ -293,6 +297,3 @@ class CosineVP(_UnitPrior, SDE):
     def log_sigma(self, t: Times) -> Float[Array, "*b"]:
         """log sin(pi t / 2)."""
         return jnp.log(jnp.sin(0.5 * math.pi * t))
-
-
-SDES = {"vp": VP, "subvp": SubVP, "ve": VE, "cosine": CosineVP}

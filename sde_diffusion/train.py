@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from sde_diffusion import config as configs
 from sde_diffusion import data, evaluate, report, sharding
+from sde_diffusion.bound import bound_gradients, check_values
 from sde_diffusion.checkpoint import Checkpoints, like
 from sde_diffusion.losses import terminal_log_snr
 from sde_diffusion.sde import check
@@ -54,7 +55,11 @@ def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
     o = config.optim
     rate = optax.linear_schedule(o.lr / (o.warmup_steps + 1), o.lr, o.warmup_steps) if o.warmup_steps else o.lr
     clip = optax.clip_by_global_norm(o.grad_clip) if o.grad_clip else optax.identity()
-    return optax.chain(clip, optax.adam(rate, b1=o.beta1, b2=o.beta2, eps=o.eps))
+    adam = optax.adam(rate, b1=o.beta1, b2=o.beta2, eps=o.eps)
+    network = optax.chain(clip, adam)
+    if not config.loss.learn_schedule:
+        return network
+    return optax.partition({"network": network, "schedule": adam}, configs.Learned("network", "schedule"))
 
 
 def init_state(config: ConfigDict, event_shape: tuple[int, ...]) -> TrainState:
@@ -62,10 +67,48 @@ def init_state(config: ConfigDict, event_shape: tuple[int, ...]) -> TrainState:
     x, c = jnp.zeros((1, *event_shape)), jnp.zeros((1,))
     key = jax.random.fold_in(jax.random.key(config.seed), 2**31 - 1)
     params = configs.build_model(config).init(key, x, c)["params"]
+    if config.loss.learn_schedule:
+        params = configs.Learned(params, configs.learned_leaves(configs.build_sde(config)))
     # At least float32, whatever the parameters are: 0.9999 is 1 in bfloat16.
     ema = jax.tree.map(lambda p: jnp.array(p, jnp.promote_types(p.dtype, jnp.float32)), params)
     zero = jnp.zeros((), jnp.int32)
     return TrainState(zero, params, ema, make_optimizer(config).init(params), jnp.copy(zero))
+
+
+def log_snr_range(sde):
+    """The lowest and the highest log-SNR that a loss looks at."""
+    return terminal_log_snr(sde), sde.log_snr(jnp.asarray(sde.t_train, float))
+
+
+def make_gradients(config: ConfigDict, scaler: data.Scaler):
+    """The function `(params, key, x0, labels, apply_options) -> (losses (B,), times (B,), gradient of their mean)`.
+
+    Of a learned schedule's interior the gradient is that of the estimator's second moment, see `bound.bound_gradients`.
+    """
+    values = scaler.values()
+
+    def from_loss(params, key, x0, labels, options):
+        sde, loss_fn = configs.build_sde(config), configs.build_loss(config)
+
+        def objective(params):
+            losses, t = loss_fn(configs.build_score(config, params, labels, **options), sde, key, x0)
+            return losses.mean(), (losses, t)
+
+        (_, (losses, t)), grads = jax.value_and_grad(objective, has_aux=True)(params)
+        return losses, t, grads
+
+    def from_bound(params, key, x0, labels, options):
+        network, sde = (params.network, configs.build_sde(config, params)) if config.loss.learn_schedule else (params, configs.build_sde(config))
+
+        def make_score(network, sde):
+            return configs.build_score(config, network, labels, sde, **options)
+
+        terms, t, by_network, by_sde = bound_gradients(make_score, network, sde, key, x0, values)
+        if not config.loss.learn_schedule:
+            return terms.total, t, by_network
+        return terms.total, t, configs.Learned(by_network, configs.learned_leaves(by_sde))
+
+    return from_bound if config.loss.name == "bound" else from_loss
 
 
 def make_update(config: ConfigDict, scaler: data.Scaler):
@@ -73,18 +116,15 @@ def make_update(config: ConfigDict, scaler: data.Scaler):
 
     batch: "x" `(B, *event)` integer levels or vectors, and "label" `(B,)` where the data has labels.
     """
-    loss_fn = configs.build_loss(config)
-    sde = configs.build_sde(config)
+    gradients = make_gradients(config, scaler)
     optimizer = make_optimizer(config)
     num_classes = config.model.get("num_classes")
-    log_snr_low = terminal_log_snr(sde)
-    log_snr_high = sde.log_snr(jnp.asarray(sde.t_train, float))
 
     def update(state: TrainState, totals: Totals, batch):
         # Keys follow from (seed, step), and noise is drawn at the global shape: the same on any number of devices.
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
         key_x, key_flip, key_loss, key_dropout, key_label = jax.random.split(key, 5)
-        x0 = scaler.dequantize(key_x, batch["x"])
+        x0 = scaler.encode(batch["x"]) if config.loss.name == "bound" else scaler.dequantize(key_x, batch["x"])
         if config.data.flip:
             x0 = data.random_flip(key_flip, x0)
         labels = None
@@ -92,12 +132,9 @@ def make_update(config: ConfigDict, scaler: data.Scaler):
             drop = jax.random.bernoulli(key_label, config.train.label_dropout, batch["label"].shape)
             labels = jnp.where(drop, num_classes, batch["label"])
 
-        def objective(params):
-            score_fn = configs.build_score(config, params, labels, train=True, rngs={"dropout": key_dropout})
-            losses, t = loss_fn(score_fn, sde, key_loss, x0)
-            return losses.mean(), (losses, t)
-
-        (loss, (losses, t)), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
+        options = {"train": True, "rngs": {"dropout": key_dropout}}
+        losses, t, grads = gradients(state.params, key_loss, x0, labels, options)
+        loss, sde = losses.mean(), configs.build_sde(config, state.params)
         grad_norm = optax.global_norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -110,7 +147,8 @@ def make_update(config: ConfigDict, scaler: data.Scaler):
         params, ema, opt_state = jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
         bad_steps = jnp.where(good, 0, state.bad_steps + 1)
 
-        place = (sde.log_snr(t) - log_snr_low) / (log_snr_high - log_snr_low)
+        low, high = log_snr_range(sde)
+        place = (sde.log_snr(t) - low) / (high - low)
         level = jnp.clip((place * NUM_LEVELS).astype(int), 0, NUM_LEVELS - 1)
         member = jax.nn.one_hot(level, NUM_LEVELS) * good
         totals = Totals(
@@ -126,10 +164,9 @@ def make_update(config: ConfigDict, scaler: data.Scaler):
     return update
 
 
-def summarize(config: ConfigDict, totals: Totals) -> dict[str, float]:
+def summarize(config: ConfigDict, totals: Totals, params=None) -> dict[str, float]:
     """The means over the updates in `totals`; an empty noise level is left out."""
-    sde = configs.build_sde(config)
-    low, high = float(terminal_log_snr(sde)), float(sde.log_snr(jnp.asarray(sde.t_train, float)))
+    low, high = map(float, log_snr_range(configs.build_sde(config, params)))
     updates = max(float(totals.updates), 1.0)
     out = {
         "loss": float(totals.loss) / updates if totals.updates else float("nan"),
@@ -160,6 +197,8 @@ def prepare(config: ConfigDict, dataset: data.Dataset):
         top = int(np.max(dataset.train_labels))
         check(top < config.model.num_classes, f"model.num_classes={config.model.num_classes} but {dataset.name} has label {top}")
     scaler = data.Scaler(dataset.num_levels, config.data.centered)
+    if config.loss.name == "bound":
+        check_values(configs.build_sde(config), scaler.values())
     abstract = jax.eval_shape(lambda: init_state(config, dataset.event_shape))
     return mesh, scaler, like(abstract, sharding.replicated(mesh))
 
@@ -254,7 +293,7 @@ def _log(config, metrics, bar, step, totals, clock, state):
     """Writes the line of metrics of the interval that ends at `step`; returns (step, time) for the next one's speed."""
     totals = jax.device_get(totals)
     now = time.perf_counter()
-    row = summarize(config, totals)
+    row = summarize(config, totals, state.params)
     if clock is not None and step > clock[0]:
         row["steps_per_s"] = (step - clock[0]) / (now - clock[1])
         row["examples_per_s"] = row["steps_per_s"] * config.train.batch_size

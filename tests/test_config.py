@@ -29,7 +29,7 @@ def test_every_config_is_valid_and_survives_json(path, tmp_path):
     configs.validate(again)
     assert configs.differences(again, config) == []
     assert json.loads(configs.to_json(again)) == json.loads(configs.to_json(config))
-    assert read(path).sde.name in path.stem or path.stem == "gaussian_mixture_2d"
+    assert read(path).sde.name in path.stem or path.stem == "gaussian_mixture_2d" or path.stem.startswith("vdm_")
 
 
 def test_published_parameter_counts():

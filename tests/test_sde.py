@@ -9,7 +9,7 @@ import scipy.stats
 from oracle import SDES, ZERO_SNR, drift_and_squared_diffusion
 
 import sde_diffusion as sd
-from sde_diffusion.sde import SDES as CLASSES
+from sde_diffusion.config import SDES as CLASSES
 
 TIMES = np.array([1e-5, 1e-3, 0.03, 0.2, 0.5, 0.8, 0.95, 0.999])
 NAMES = sorted(SDES)
@@ -200,7 +200,7 @@ def test_fields_are_leaves_that_do_not_recompile():
 def test_frozen_and_known_by_name():
     with pytest.raises(dataclasses.FrozenInstanceError):
         SDES["vp"].beta_max = 3.0
-    assert {name: type(sde) for name, sde in SDES.items()} == CLASSES
+    assert {name: type(sde) for name, sde in SDES.items()}.items() <= CLASSES.items()
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,23 @@
+"""VDM on the handwritten digits: the variational bound of the 17 grey levels, with a learned log-SNR (arXiv:2107.00630).
+
+    python -m sde_diffusion.main --config=configs/vdm_digits.py --workdir=runs/vdm_digits
+"""
+
+from sde_diffusion.config import experiment
+
+
+def get_config():
+    return experiment(
+        data=dict(name="digits"),
+        # Half a grey level is 3 standard deviations of the noise at the start.
+        sde=dict(name="monotone_log_snr", log_snr_max=8.0, log_snr_min=-6.0),
+        model=dict(
+            name="unet", channels=16, multipliers=(1, 2), num_blocks=1, embedding_scale=10.0, input_fourier=(3, 4)
+        ),
+        prediction=dict(kind="edm", noise_label="log_snr", sigma_data=0.75),
+        loss=dict(name="bound", learn_schedule=True),
+        optim=dict(lr=1e-3, warmup_steps=200, grad_clip=1.0, ema_decay=0.998),
+        train=dict(batch_size=64, num_steps=4000, log_every=50, sample_every=1000, checkpoint_every=1000),
+        sample=dict(num=300, batch_size=100, num_steps=20),
+        eval=dict(batch_size=297, ode=False, bound_draws=100, gaussian_mixture=True),
+    )
