@@ -1,7 +1,9 @@
 """What a trained network is worth: held-out bits/dim, samples, and how far they are from the data."""
 
+import hashlib
 import json
 import math
+import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
+from tqdm import tqdm
 
 from sde_diffusion import config as configs
 from sde_diffusion import data, report, samplers, sharding
@@ -113,11 +116,14 @@ def save_samples(path: Path, samples: np.ndarray, scaler: data.Scaler, dataset: 
         report.save_scatter(path, samples, np.asarray(dataset.test[:2000]))
 
 
-def bits_per_dim(config: ConfigDict, params, mesh, scaler: data.Scaler, examples) -> dict[str, float]:
+def bits_per_dim(config: ConfigDict, params, mesh, scaler: data.Scaler, examples, partial: Path | None = None) -> dict[str, float]:
     """Bits/dim of `examples` by the probability-flow ODE down to t_end, with its standard error over the examples.
 
     Integer levels are dequantized uniformly, one draw each: an upper bound on the discrete code length.
-    Covers exactly the given examples: the last batch is padded, and the padding masked.
+    Covers exactly the given examples, each with a key of its own: the figure does not depend on batches or devices.
+
+    Args:
+      partial: a file for the figures of the examples so far, from which a stopped evaluation goes on.
 
     Raises:
       FloatingPointError: an example whose likelihood is not finite, by number.
@@ -128,54 +134,81 @@ def bits_per_dim(config: ConfigDict, params, mesh, scaler: data.Scaler, examples
         key_x, key_probe = jax.random.split(key)
         return log_likelihood(
             configs.build_score(config, params), configs.build_sde(config, params), key_probe,
-            scaler.dequantize(key_x, levels), trace=c.trace, num_probes=c.num_probes, rtol=c.rtol, atol=c.atol, t_end=c.t_end,
-        )  # fmt: skip
+            scaler.dequantize(key_x, levels)[None], trace=c.trace, num_probes=c.num_probes, rtol=c.rtol, atol=c.atol,
+            t_end=c.t_end,
+        )[0]  # fmt: skip
 
-    bits = scaler.bits_per_dim(_of_each(config, log_prob, params, mesh, examples), math.prod(examples.shape[1:]))
+    values = _of_each(config, log_prob, params, mesh, examples, partial)
+    bits = scaler.bits_per_dim(values, math.prod(examples.shape[1:]))
     return _mean(bits, "log-likelihood", "loosen eval.rtol and eval.atol, or train longer")
 
 
-def bound_bits_per_dim(config: ConfigDict, params, mesh, scaler: data.Scaler, examples) -> dict[str, float]:
+def bound_bits_per_dim(
+    config: ConfigDict, params, mesh, scaler: data.Scaler, examples, partial: Path | None = None
+) -> dict[str, float]:
     """Bits/dim of `examples` by the variational bound: the total with its standard error over the examples, and each term.
 
-    Of the levels themselves, without dequantization; of vectors, of their density. The mean of `eval.bound_draws` draws an example.
+    Of the levels themselves, without dequantization; of vectors, of their density. The mean of `eval.bound_draws` draws of
+    each example, at times spread over the whole range. Covers the examples as `bits_per_dim` does, and resumes like it.
 
     Raises:
       FloatingPointError: a term that is not finite, by its name, and the example.
     """
-    c, num_dims = config.eval, math.prod(examples.shape[1:])
+    num_dims = math.prod(examples.shape[1:])
 
     def terms(params, key, levels):
-        def draw(total, key):
-            bound = variational_bound(
-                configs.build_score(config, params), configs.build_sde(config, params), key, scaler.encode(levels),
-                values=scaler.values(),
-            )  # fmt: skip
-            return jax.tree.map(jnp.add, total, bound), None
+        draws = jnp.broadcast_to(scaler.encode(levels), (config.eval.bound_draws, *levels.shape))
+        bound = variational_bound(
+            configs.build_score(config, params), configs.build_sde(config, params), key, draws, values=scaler.values()
+        )
+        return jnp.stack(bound).mean(axis=1)
 
-        zero = Bound(*jnp.zeros((3, len(levels))))
-        total, _ = jax.lax.scan(draw, zero, jax.random.split(key, c.bound_draws))
-        return jnp.stack(total, axis=1) / c.bound_draws
-
-    per_example = _of_each(config, terms, params, mesh, examples)
-    bits = {name: per_example[:, i] / (num_dims * math.log(2.0)) for i, name in enumerate(Bound._fields)}
+    bits = _of_each(config, terms, params, mesh, examples, partial) / (num_dims * math.log(2.0))
     means = {
-        name: _mean(values, f"{name} term of the bound", "train longer, or narrow the schedule's range")["bits_per_dim"]
-        for name, values in bits.items()
+        name: _mean(bits[:, i], f"{name} term of the bound", "train longer, or narrow the schedule's range")["bits_per_dim"]
+        for i, name in enumerate(Bound._fields)
     }
-    return {**_mean(sum(bits.values()), "bound", ""), **means}
+    return {**_mean(bits.sum(axis=1), "bound", "train longer"), **means}
 
 
-def _of_each(config, fn, params, mesh, examples) -> np.ndarray:
-    """`fn(params, key, batch of examples)` of exactly the given examples, in order, in float64 on the host."""
+def _of_each(config, fn, params, mesh, examples, partial: Path | None) -> np.ndarray:
+    """`fn(params, key, example)` of exactly the given examples, in order, in float64 on the host.
+
+    Keys are of the examples' numbers; the last batch is padded, and the padding masked.
+    """
     batch_size = sharding.round_up(mesh, min(config.eval.batch_size, len(examples)))
-    fn, key = jax.jit(fn), jax.random.key(config.eval.seed)
+    key = jax.random.key(config.eval.seed)
+
+    @jax.jit
+    def of_batch(params, numbers, batch):
+        return jax.vmap(lambda n, x: fn(params, jax.random.fold_in(key, n), x))(numbers, batch)
+
+    values = _read_partial(partial)
     shard = (jax.process_index(), jax.process_count())
-    values = []
-    for i, (batch, mask) in enumerate(data.eval_batches(examples, batch_size, shard=shard)):
-        out = _to_host(fn(params, jax.random.fold_in(key, i), sharding.put_batch(mesh, batch)))
-        values.append(out[_to_host(sharding.put_batch(mesh, mask))])
+    done = sum(map(len, values))
+    # A part that ends within a batch of now was written by another batch size: begin at the last whole one.
+    whole = done // batch_size * batch_size
+    values = [np.concatenate(values)[:whole]] if whole else []
+    batches = zip(*(data.eval_batches(a[whole:], batch_size, shard=shard) for a in (np.arange(len(examples)), examples)))
+    for (numbers, mask), (batch, _) in tqdm(batches, total=-(-(len(examples) - whole) // batch_size), unit="batch", disable=None):
+        numbers, batch, mask = sharding.put_batch(mesh, (numbers, batch, mask))
+        values.append(_to_host(of_batch(params, numbers, batch))[_to_host(mask)])
+        if partial is not None and jax.process_index() == 0:
+            temporary = partial.with_suffix(".tmp.npz")
+            np.savez(temporary, values=np.concatenate(values))
+            temporary.replace(partial)
     return np.concatenate(values).astype(np.float64)
+
+
+def _read_partial(path: Path | None) -> list[np.ndarray]:
+    """What an evaluation that was stopped has written, the same on all hosts."""
+    if path is None or not path.exists():
+        return []
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return [file["values"]]
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+        return []
 
 
 def _mean(bits, name: str, fix: str) -> dict[str, float]:
@@ -218,15 +251,21 @@ def evaluate(config: ConfigDict, workdir: Path, params, step: int, dataset: data
     of = "" if len(examples) == len(dataset.test) else f" of {len(dataset.test):,}"
     discrete = dataset.num_levels is not None
     out, lines = {"step": step}, []
+    # Named by all that their figures depend on.
+    digest = hashlib.sha256(f"{configs.to_json(config)}{step}".encode()).hexdigest()[:12]
+
+    def partial(name):
+        return workdir / f"eval_{step:08d}_{name}_{digest}.partial.npz"
+
     if config.eval.bound_draws:
-        bound = bound_bits_per_dim(config, params, mesh, scaler, examples)
+        bound = bound_bits_per_dim(config, params, mesh, scaler, examples, partial("bound"))
         out["bound"] = bound
         lines.append(("held-out bits/dim", _with_error(bound),
                       f"variational bound, {bound['num']:,}{of} examples, {config.eval.bound_draws} draws each"))  # fmt: skip
         for term in Bound._fields:
             lines.append((f"  {term}", f"{bound[term]:.3f}", "of the levels" if term == "reconstruction" and discrete else ""))
     if config.eval.ode:
-        ode = bits_per_dim(config, params, mesh, scaler, examples)
+        ode = bits_per_dim(config, params, mesh, scaler, examples, partial("ode"))
         t_end = config.eval.t_end if config.eval.t_end is not None else configs.build_sde(config, params).t_min
         out |= {**ode, "t_end": float(t_end)}
         dequantized = ", uniform dequantization" if discrete else ""
@@ -255,6 +294,8 @@ def evaluate(config: ConfigDict, workdir: Path, params, step: int, dataset: data
         print("\n".join(f"{name:<24}{value:>16}   {note}".rstrip() for name, value, note in lines), flush=True)
         path = workdir / f"eval_{step:08d}.json"
         path.write_text(json.dumps(out, indent=2) + "\n")
+        for name in ("bound", "ode"):
+            partial(name).unlink(missing_ok=True)
         write_samples(config, workdir, samples, step, dataset, scaler)
         print(f"figures in {path}", flush=True)
     return out

@@ -121,8 +121,8 @@ class Tangent(_GivenLogSNR):
     t_max: Number = 1.0
     t_train: Number = 0.0
 
-    def log_snr(self, t: Times) -> Float[Array, "*b"]:
-        """level + rate (t - at)."""
+    def log_snr(self, t: Times) -> Float[Array, "..."]:
+        """level + rate (t - at), `(B,)` for a scalar t too."""
         return self.level + self.rate * (t - self.at)
 
     def __post_init__(self):

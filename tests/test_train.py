@@ -139,6 +139,75 @@ def test_evaluation_covers_exactly_the_examples(tmp_path, digits):
         assert figure["bits_per_dim"] == pytest.approx(-log_prob.mean() / np.log(2), rel=2e-3)
 
 
+def vdm(**changes):
+    usual = {
+        "sde": dict(name="monotone_log_snr", log_snr_max=8.0, log_snr_min=-6.0),
+        "eval": dict(num_examples=12, batch_size=5, ode=False, bound_draws=4),
+    }
+    return tiny(
+        loss=dict(name="bound", learn_schedule=True),
+        prediction=dict(noise_label="log_snr"), **{**usual, **changes},
+    )  # fmt: skip
+
+
+def test_figures_do_not_depend_on_batches_and_devices(digits):
+    """Each example has its own key, for the dequantization, the probes and the draws of the bound."""
+    config = vdm()
+    config.eval.update(ode=True, rtol=1e-4, atol=1e-4)
+    scaler, params = data.Scaler(17), train.init_state(config, digits.event_shape).ema
+    figures = []
+    for devices, batch_size in ((1, 5), (1, 11), (8, 8)):
+        config.eval.batch_size = batch_size
+        mesh = sharding.make_mesh(jax.devices()[:devices])
+        figures.append([f(config, params, mesh, scaler, digits.test[:11]) for f in (evaluate.bits_per_dim, evaluate.bound_bits_per_dim)])
+    for ode, bound in figures[1:]:
+        assert ode["bits_per_dim"] == pytest.approx(figures[0][0]["bits_per_dim"], rel=1e-4)
+        assert bound == pytest.approx(figures[0][1], rel=1e-5)
+
+
+def test_a_stopped_evaluation_goes_on(tmp_path, digits):
+    """What is in the file is not computed again, a batch that was cut short is, and a damaged file begins anew."""
+    config = vdm()
+    scaler, params, mesh = data.Scaler(17), train.init_state(config, digits.event_shape).ema, sharding.make_mesh(jax.devices()[:1])
+    file = tmp_path / "partial.npz"
+    bound = lambda: evaluate.bound_bits_per_dim(config, params, mesh, scaler, digits.test[:12], file)  # noqa: E731
+    whole = bound()
+    values = np.load(file)["values"]
+    assert values.shape == (12, 3)
+    marked = values.copy()
+    marked[:5] = 0.0
+    np.savez(file, values=marked[:7])
+    assert bound()["bits_per_dim"] == pytest.approx(whole["bits_per_dim"] - values[:5].sum() / 12 / 64 / np.log(2), rel=1e-5)
+    file.write_bytes(b"half a file")
+    assert bound() == pytest.approx(whole, rel=1e-6)
+
+
+def test_a_learned_schedule_trains_and_resumes(tmp_path, digits):
+    """Its parameters move, the bound falls, and a checkpoint holds them; figures are of the averaged schedule."""
+    config = vdm(
+        model=dict(width=64), optim=dict(lr=1e-2, warmup_steps=0),
+        train=dict(num_steps=80, log_every=20, checkpoint_every=40, sample_every=80),
+    )  # fmt: skip
+    state = train.train(config, tmp_path / "through", digits)
+    start = configs.learned_leaves(configs.build_sde(config))
+    assert all(float(jnp.abs(a - b).max()) > 1e-3 for a, b in zip(jax.tree.leaves(state.params.schedule), jax.tree.leaves(start)))
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "through" / "metrics.jsonl").read_text().splitlines()]
+    assert losses[-1] < 0.8 * losses[0]
+    part = config.copy_and_resolve_references()
+    part.train.num_steps = 40
+    train.train(part, tmp_path / "halves", digits)
+    assert leaves_equal(state, train.train(config, tmp_path / "halves", digits))
+    evaluate.evaluate(config, tmp_path / "through", state.ema, 80, digits, sharding.make_mesh(), data.Scaler(17))
+    figures = json.loads((tmp_path / "through" / "eval_00000080.json").read_text())["bound"]
+    assert figures["bits_per_dim"] == pytest.approx(sum(figures[t] for t in ("prior", "diffusion", "reconstruction")))
+    assert not list((tmp_path / "through").glob("*.partial.npz"))
+
+
+def test_a_schedule_that_cannot_tell_levels_apart_is_refused(digits):
+    with pytest.raises(ValueError, match="is 2,.*raise log_snr_max"):
+        train.prepare(vdm(sde=dict(name="linear_log_snr", log_snr_max=2.0)), digits)
+
+
 def test_labels_reach_the_network(digits):
     config = tiny(model=dict(num_classes=10))
     state, _ = run_updates(config, digits, jax.devices()[:1], 3)
