@@ -150,7 +150,8 @@ def _time_at(sde, u, dtype):
 def _check_levels(sde, times):
     check(np.ndim(times) == 1 and len(times), f"times has shape {np.shape(times)}; pass a 1-D array of levels, or a name")
     if known(times, sde.t_train, sde.t_max):
-        low, high = float(np.min(times)), float(np.max(times))
+        # As numpy's: inside jax.jit an operation on constants is traced as well.
+        low, high = float(np.min(np.asarray(times))), float(np.max(np.asarray(times)))
         check(
             sde.t_train * (1 - 1e-6) <= low and high <= sde.t_max * (1 + 1e-6),
             f"times run from {low:g} to {high:g}, outside the range [{sde.t_train:g}, {sde.t_max:g}] of {type(sde).__name__}; "

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracle import SDES, ZERO_SNR, gaussian_kl, mixture
+from oracle import SDES, ZERO_SNR, gaussian_kl, mixture, perturbed, standard_error
 
 import sde_diffusion as sd
 from sde_diffusion.losses import weighted_error
@@ -28,20 +28,6 @@ MEAN, VARIANCE = np.array([0.5, -1.0, 0.2]), np.array([0.3, 1.0, 0.05])
 
 def gaussian():
     return sd.GaussianMixture.gaussian(MEAN, np.diag(VARIANCE))
-
-
-def standard_error(values):
-    values = np.asarray(values, np.float64)
-    return values.std() / np.sqrt(len(values))
-
-
-def perturbed(exact, sde, amount):
-    """The exact score plus amount times a smooth error that grows as the score does, 1 / sigma."""
-    def score_fn(x, t):
-        scale = jnp.sqrt(sde.alpha(t) ** 2 + sde.sigma(t) ** 2)[:, None]
-        return exact(x, t) + amount * (jnp.sin(2 * x / scale) + 0.3) / sde.sigma(t)[:, None]
-
-    return score_fn
 
 
 def all_losses(score_fn, sde, key, x0, times, losses=LOSSES):

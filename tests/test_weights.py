@@ -2,15 +2,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracle import SDES, ZERO_SNR, mixture
+from oracle import SDES, ZERO_SNR, mixture, standard_error
 
 import sde_diffusion as sd
 from sde_diffusion.weights import LOG_SNR_WEIGHTS, TIME_WEIGHTS, loss_weight, min_snr, p2
-
-
-def standard_error(values):
-    values = np.asarray(values, np.float64)
-    return values.std() / np.sqrt(len(values))
 
 
 # The papers' losses, of one point x0 and what a network says of it: t uniform in (0, 1), arrays of float64.
