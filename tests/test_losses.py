@@ -246,7 +246,7 @@ def test_levels_outside_the_process_are_refused(times, words):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_control_changes_the_variance_and_nothing_else(name):
-    """Same draws: the difference has mean 0 within its standard error, the gradient is the same, the variance a quarter."""
+    """Same draws: the difference has mean 0 within its standard error, the gradient is the same, the variance smaller."""
     sde, oracle, n = SDES[name], mixture(), 10_000
     x0 = oracle.sample(jax.random.key(0), n)
 
@@ -261,5 +261,5 @@ def test_the_control_changes_the_variance_and_nothing_else(name):
     ((_, plain), slope), ((_, controlled), same_slope) = values(jnp.asarray(0.0), jax.random.key(1))
     assert abs(float((controlled - plain).mean())) < 4 * standard_error(controlled - plain)
     np.testing.assert_allclose(same_slope, slope, rtol=1e-4)
-    # Per example at independent times and all: what is left is the loss's own change with t and x0.
-    assert controlled.std() < plain.std()
+    # What is left is the loss's own change with t, which stratified times take out, and with x0.
+    assert controlled.var() < 0.9 * plain.var()
