@@ -4,17 +4,20 @@ from sde_diffusion.analytic import GaussianMixture
 from sde_diffusion.bound import Bound, variational_bound
 from sde_diffusion.discrete import DDPM, SMLD, cosine_betas, linear_betas
 from sde_diffusion.likelihood import log_likelihood
-from sde_diffusion.losses import dsm_loss, sample_times, weighted_loss
+from sde_diffusion.losses import dsm_loss, weighted_loss
 from sde_diffusion.prediction import as_score
 from sde_diffusion.samplers import (
-    LearnedSolver, fit_solver, sample_adaptive, sample_ode, sample_pc, sample_sde, solvers, time_grid,
+    LearnedSolver, fit_solver, sample_adaptive, sample_langevin, sample_ode, sample_pc, sample_sde, solvers, time_grid,
 )  # fmt: skip
 from sde_diffusion.schedules import LinearLogSNR, MonotoneLogSNR
+from sde_diffusion.score_matching import implicit_loss, sliced_loss
 from sde_diffusion.sde import SDE, VE, VP, CosineVP, SubVP
+from sde_diffusion.times import AdaptiveTimes, sample_times
+from sde_diffusion.weights import is_monotone, weights
 
 __all__ = [
-    "Bound", "DDPM", "LearnedSolver", "LinearLogSNR", "MonotoneLogSNR", "SDE", "SMLD", "VE", "VP", "CosineVP", "GaussianMixture", "SubVP", "as_score", "cosine_betas",
-    "dsm_loss", "fit_solver", "linear_betas", "log_likelihood", "sample_adaptive", "sample_ode", "sample_pc",
-    "sample_sde", "sample_times", "solvers",
-    "time_grid", "variational_bound", "weighted_loss",
+    "AdaptiveTimes", "Bound", "DDPM", "LearnedSolver", "LinearLogSNR", "MonotoneLogSNR", "SDE", "SMLD", "VE", "VP", "CosineVP", "GaussianMixture",
+    "SubVP", "as_score", "cosine_betas", "dsm_loss", "fit_solver", "implicit_loss", "is_monotone", "linear_betas", "log_likelihood",
+    "sample_adaptive", "sample_langevin", "sample_ode", "sample_pc", "sample_sde", "sample_times", "sliced_loss", "solvers",
+    "time_grid", "variational_bound", "weighted_loss", "weights",
 ]  # fmt: skip

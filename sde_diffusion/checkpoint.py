@@ -32,7 +32,7 @@ class Checkpoints:
     def save(self, step: int, state: Any) -> None:
         """Starts writing `state`, a pytree of arrays; a step that is there already is left as it is."""
         if step not in self.manager.all_steps():
-            self.manager.save(step, args=ocp.args.StandardSave(state), force=True)
+            self.manager.save(step, args=ocp.args.StandardSave(_without_empty(state)), force=True)
 
     def restore(self, like: Any, step: int | None = None) -> Any:
         """The state of `step` (the newest by default) with the structure, dtypes and shardings of `like`.
@@ -40,7 +40,8 @@ class Checkpoints:
         `like` is a pytree of `jax.ShapeDtypeStruct` with shardings, or of arrays.
         """
         step = self.manager.latest_step() if step is None else step
-        return self.manager.restore(step, args=ocp.args.StandardRestore(like))
+        state = self.manager.restore(step, args=ocp.args.StandardRestore(_without_empty(like)))
+        return like._replace(**state) if hasattr(like, "_replace") else state
 
     def close(self) -> None:
         """Waits until everything is written."""
@@ -53,6 +54,13 @@ class Checkpoints:
 
     def __exit__(self, *_):
         self.close()
+
+
+def _without_empty(state):
+    """The fields of a NamedTuple that are not (), as a dict: what a run does not use is not in its file."""
+    if not hasattr(state, "_asdict"):
+        return state
+    return {name: value for name, value in state._asdict().items() if not (type(value) is tuple and not value)}
 
 
 def like(tree: Any, sharding: jax.sharding.Sharding) -> Any:

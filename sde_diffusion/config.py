@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict, config_dict
 
 from sde_diffusion import models
-from sde_diffusion.losses import LOG_SNR_WEIGHTS, TIME_WEIGHTS, dsm_loss, weighted_loss
+from sde_diffusion.losses import dsm_loss, weighted_loss
 from sde_diffusion.prediction import NOISE_LABELS, PREDICTIONS, as_score, lookup
 from sde_diffusion.samplers import LearnedSolver, sample_ode, sample_pc, sample_sde
 from sde_diffusion.samplers import ode, pc, sde as reverse
@@ -22,6 +22,7 @@ from sde_diffusion.samplers.grid import GRIDS, check_t_end
 from sde_diffusion.samplers.integrate import check_start
 from sde_diffusion.schedules import BetweenEnds, LinearLogSNR, MonotoneLogSNR
 from sde_diffusion.sde import SDE, VE, VP, CosineVP, SubVP, check
+from sde_diffusion.weights import LOG_SNR_WEIGHTS, TIME_WEIGHTS
 
 SDES = {
     "vp": VP, "subvp": SubVP, "ve": VE, "cosine": CosineVP, "linear_log_snr": LinearLogSNR, "monotone_log_snr": MonotoneLogSNR,
@@ -55,8 +56,8 @@ def defaults() -> dict[str, Any]:
         },
         "loss": {
             "name": "weighted",  # weighted (1/2 w(lambda) (-dlambda/dt) |eps - eps_hat|^2), dsm, or bound (VDM's, of the levels)
-            "weight": "elbo",  # weighted: elbo, simple, edm, sigmoid, ...; dsm: sigma2 or likelihood; bound: elbo
-            "times": "log_snr",  # how times are drawn: uniform or log_snr
+            "weight": "elbo",  # weighted: see sd.weights(); dsm: sigma2 or likelihood; bound: elbo
+            "times": "log_snr",  # how times are drawn: uniform, log_snr, or adaptive (where the running loss is large; not of bound)
             "learn_schedule": False,  # of bound: the log-SNR is learned as well (sde linear_log_snr or monotone_log_snr)
         },
         "optim": {
@@ -216,7 +217,11 @@ def validate(config: ConfigDict) -> None:
     losses = {"weighted": {**LOG_SNR_WEIGHTS, **TIME_WEIGHTS}, "dsm": {k: TIME_WEIGHTS[k] for k in ("sigma2", "likelihood")},
               "bound": {"elbo": 0}}  # fmt: skip
     lookup(lookup(losses, config.loss.name, "loss.name"), config.loss.weight, f"weight of the {config.loss.name} loss")
-    lookup({"uniform": 0, "log_snr": 0}, config.loss.times, "loss.times")
+    lookup({"uniform": 0, "log_snr": 0, "adaptive": 0}, config.loss.times, "loss.times")
+    check(
+        config.loss.times != "adaptive" or config.loss.name != "bound",
+        "loss.times='adaptive' needs loss.name='weighted' or 'dsm'; of loss.name='bound' a learned schedule does the same",
+    )
     check(
         not config.loss.learn_schedule or config.loss.name == "bound" and isinstance(sde, BetweenEnds),
         f"loss.learn_schedule needs loss.name='bound' and an SDE with a schedule to learn, got {config.loss.name!r} and "
@@ -316,9 +321,9 @@ def build_score(config: ConfigDict, params, labels=None, sde=None, **apply_optio
     return as_score(network, sde, **_prediction_options(config))
 
 
-def build_loss(config: ConfigDict):
-    """The loss of the config: (score_fn, sde, key, x0) -> (loss (B,), times (B,))."""
-    options = {"times": config.loss.times, "return_times": True}
+def build_loss(config: ConfigDict, times=None):
+    """The loss of the config: (score_fn, sde, key, x0) -> (loss (B,), times (B,)); times: in place of the config's."""
+    options = {"times": config.loss.times if times is None else times, "return_times": True}
     if config.loss.name == "dsm":
         return jax.tree_util.Partial(lambda *a: dsm_loss(*a, weighting=config.loss.weight, **options))
     return jax.tree_util.Partial(lambda *a: weighted_loss(*a, weight=config.loss.weight, **options))

@@ -17,8 +17,8 @@ from sde_diffusion import config as configs
 from sde_diffusion import data, evaluate, report, sharding
 from sde_diffusion.bound import bound_gradients, check_values
 from sde_diffusion.checkpoint import Checkpoints, like
-from sde_diffusion.losses import terminal_log_snr
 from sde_diffusion.sde import check
+from sde_diffusion.times import AdaptiveTimes, terminal_log_snr
 
 NUM_LEVELS = 8  # of the loss per noise level, equal parts of the log-SNR
 
@@ -31,6 +31,7 @@ class TrainState(NamedTuple):
     ema: Any
     opt_state: Any
     bad_steps: Any  # updates in a row that were skipped for a non-finite loss or gradient, int32
+    times: Any = ()  # the AdaptiveTimes of loss.times="adaptive"
 
 
 class Totals(NamedTuple):
@@ -72,7 +73,8 @@ def init_state(config: ConfigDict, event_shape: tuple[int, ...]) -> TrainState:
     # At least float32, whatever the parameters are: 0.9999 is 1 in bfloat16.
     ema = jax.tree.map(lambda p: jnp.array(p, jnp.promote_types(p.dtype, jnp.float32)), params)
     zero = jnp.zeros((), jnp.int32)
-    return TrainState(zero, params, ema, make_optimizer(config).init(params), jnp.copy(zero))
+    times = AdaptiveTimes() if config.loss.times == "adaptive" else ()
+    return TrainState(zero, params, ema, make_optimizer(config).init(params), jnp.copy(zero), times)
 
 
 def log_snr_range(sde):
@@ -81,14 +83,14 @@ def log_snr_range(sde):
 
 
 def make_gradients(config: ConfigDict, scaler: data.Scaler):
-    """The function `(params, key, x0, labels, apply_options) -> (losses (B,), times (B,), gradient of their mean)`.
+    """The function `(params, times, key, x0, labels, apply_options) -> (losses (B,), times (B,), gradient of their mean)`.
 
     Of a learned schedule's interior the gradient is that of the estimator's second moment, see `bound.bound_gradients`.
     """
     values = scaler.values()
 
-    def from_loss(params, key, x0, labels, options):
-        sde, loss_fn = configs.build_sde(config), configs.build_loss(config)
+    def from_loss(params, times, key, x0, labels, options):
+        sde, loss_fn = configs.build_sde(config), configs.build_loss(config, times or None)
 
         def objective(params):
             losses, t = loss_fn(configs.build_score(config, params, labels, **options), sde, key, x0)
@@ -97,7 +99,7 @@ def make_gradients(config: ConfigDict, scaler: data.Scaler):
         (_, (losses, t)), grads = jax.value_and_grad(objective, has_aux=True)(params)
         return losses, t, grads
 
-    def from_bound(params, key, x0, labels, options):
+    def from_bound(params, _, key, x0, labels, options):
         network, sde = (params.network, configs.build_sde(config, params)) if config.loss.learn_schedule else (params, configs.build_sde(config))
 
         def make_score(network, sde):
@@ -133,7 +135,7 @@ def make_update(config: ConfigDict, scaler: data.Scaler):
             labels = jnp.where(drop, num_classes, batch["label"])
 
         options = {"train": True, "rngs": {"dropout": key_dropout}}
-        losses, t, grads = gradients(state.params, key_loss, x0, labels, options)
+        losses, t, grads = gradients(state.params, state.times, key_loss, x0, labels, options)
         loss, sde = losses.mean(), configs.build_sde(config, state.params)
         grad_norm = optax.global_norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -143,8 +145,9 @@ def make_update(config: ConfigDict, scaler: data.Scaler):
 
         # A non-finite loss is an event: the update is skipped and counted.
         good = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-        new, old = (params, ema, opt_state), (state.params, state.ema, state.opt_state)
-        params, ema, opt_state = jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
+        times = state.times.update(sde, t, losses) if state.times else ()
+        new, old = (params, ema, opt_state, times), (state.params, state.ema, state.opt_state, state.times)
+        params, ema, opt_state, times = jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
         bad_steps = jnp.where(good, 0, state.bad_steps + 1)
 
         low, high = log_snr_range(sde)
@@ -159,7 +162,7 @@ def make_update(config: ConfigDict, scaler: data.Scaler):
             level_loss=totals.level_loss + jnp.where(good, losses, 0.0) @ member,
             level_count=totals.level_count + member.sum(axis=0),
         )
-        return TrainState(state.step + 1, params, ema, opt_state, bad_steps), totals
+        return TrainState(state.step + 1, params, ema, opt_state, bad_steps, times), totals
 
     return update
 

@@ -1,5 +1,6 @@
 """Independent answers for the tests: published coefficients and closed forms in float64 numpy, and Monte-Carlo errors."""
 
+import jax.numpy as jnp
 import numpy as np
 
 import sde_diffusion as sd
@@ -47,6 +48,21 @@ def moment_z_scores(x, mean, covariance):
     z_mean = centred.mean(0) / (x.std(0) / np.sqrt(n))
     z_covariance = (products.mean(0) - np.asarray(covariance)) / (products.std(0) / np.sqrt(n))
     return np.concatenate([z_mean, z_covariance.ravel()])
+
+
+def standard_error(values):
+    """Of the mean of independent values."""
+    values = np.asarray(values, np.float64)
+    return values.std() / np.sqrt(len(values))
+
+
+def perturbed(exact, sde, amount):
+    """The exact score plus amount times a smooth error that grows as the score does, 1 / sigma."""
+    def score_fn(x, t):
+        scale = jnp.sqrt(sde.alpha(t) ** 2 + sde.sigma(t) ** 2)[:, None]
+        return exact(x, t) + amount * (jnp.sin(2 * x / scale) + 0.3) / sde.sigma(t)[:, None]
+
+    return score_fn
 
 
 def order(steps, errors):

@@ -55,6 +55,7 @@ BAD = [
     (("sample", "sampler", "odd"), ["odd", "ode", "pc"]),
     (("sample", "grid", "linear"), ["linear", "edm"]),
     (("loss", "weight", "elb"), ["elb", "sigmoid"]),
+    (("loss", "times", "cosine"), ["cosine", "adaptive, log_snr, uniform"]),
     (("loss", "name", "mse"), ["mse", "dsm"]),
     (("prediction", "kind", "noise"), ["noise", "eps"]),
     (("sample", "num_steps", 0), ["sample.num_steps=0", "at least 1"]),

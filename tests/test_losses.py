@@ -4,18 +4,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracle import SDES, ZERO_SNR, gaussian_kl, mixture
+from oracle import SDES, ZERO_SNR, gaussian_kl, mixture, perturbed, standard_error
 
 import sde_diffusion as sd
-from sde_diffusion.losses import LOG_SNR_WEIGHTS, TIME_WEIGHTS, _loss, loss_weight
+from sde_diffusion.losses import weighted_error
+from sde_diffusion.weights import LOG_SNR_WEIGHTS, TIME_WEIGHTS
 
 NAMES = sorted(SDES)
+# Weights that grow without bound at the noisy end: times uniform in t see it too seldom.
+STEEP_WEIGHTS = ("v_mse", "flow_matching", "indi")
 LOSSES = {
     **{f"dsm_{w}": functools.partial(sd.dsm_loss, weighting=w) for w in ("sigma2", "likelihood")},
     "dsm_callable": functools.partial(sd.dsm_loss, weighting=lambda t: t**2),
-    **{f"weighted_{w}": functools.partial(sd.weighted_loss, weight=w) for w in (*LOG_SNR_WEIGHTS, *TIME_WEIGHTS)},
+    **{f"weighted_{w}": functools.partial(sd.weighted_loss, weight=w) for w in (*LOG_SNR_WEIGHTS, *TIME_WEIGHTS) if w not in STEEP_WEIGHTS},
     "weighted_callable": functools.partial(sd.weighted_loss, weight=lambda log_snr: jnp.exp(-(log_snr**2) / 8)),
 }
+# Two of them are one function.
+STEEP = {f"weighted_{w}": functools.partial(sd.weighted_loss, weight=w) for w in ("v_mse", "indi")}
+MATCHING = {"implicit": sd.implicit_loss, "sliced": sd.sliced_loss}
 # A Gaussian of independent coordinates, and a network's error: what has closed forms.
 MEAN, VARIANCE = np.array([0.5, -1.0, 0.2]), np.array([0.3, 1.0, 0.05])
 
@@ -24,23 +30,9 @@ def gaussian():
     return sd.GaussianMixture.gaussian(MEAN, np.diag(VARIANCE))
 
 
-def standard_error(values):
-    values = np.asarray(values, np.float64)
-    return values.std() / np.sqrt(len(values))
-
-
-def perturbed(exact, sde, amount):
-    """The exact score plus amount times a smooth error that grows as the score does, 1 / sigma."""
-    def score_fn(x, t):
-        scale = jnp.sqrt(sde.alpha(t) ** 2 + sde.sigma(t) ** 2)[:, None]
-        return exact(x, t) + amount * (jnp.sin(2 * x / scale) + 0.3) / sde.sigma(t)[:, None]
-
-    return score_fn
-
-
-def all_losses(score_fn, sde, key, x0, times):
+def all_losses(score_fn, sde, key, x0, times, losses=LOSSES):
     """Each loss by name; inside one jit they share draws and evaluations."""
-    return {name: loss(score_fn, sde, key, x0, times=times) for name, loss in LOSSES.items()}
+    return {name: loss(score_fn, sde, key, x0, times=times) for name, loss in losses.items()}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -56,10 +48,12 @@ def test_the_exact_score_is_the_minimum_of_every_loss(name):
 
     @jax.jit
     def values(amount):
-        return all_losses(perturbed(oracle.score_fn(sde), sde, amount), sde, key, x0, "uniform")
+        score_fn = perturbed(oracle.score_fn(sde), sde, amount)
+        others = all_losses(score_fn, sde, key, x0, "log_snr", {**STEEP, **MATCHING})
+        return {**all_losses(score_fn, sde, key, x0, "uniform"), **others}
 
     at = {amount: values(jnp.asarray(amount)) for amount in (-1.0, 0.0, 1.0)}
-    for loss in LOSSES:
+    for loss in at[0.0]:
         minus, zero, plus = (np.asarray(at[a][loss], np.float64) for a in (-1.0, 0.0, 1.0))
         slope, curvature = (plus - minus) / 2, (plus + minus - 2 * zero).mean()
         assert curvature > 0, loss
@@ -132,13 +126,24 @@ def test_both_ways_to_draw_times_estimate_the_same_numbers(name):
     """In float32, where every value must be finite at both ends too, zero terminal SNR included."""
     sde, n = {**SDES, "zero_snr": ZERO_SNR}[name], 20_000
     x0 = gaussian().sample(jax.random.key(6), n)
+    exact = gaussian().score_fn(sde)
     # Half the exact score: an error at all noise levels.
-    score_fn = lambda x, t: 0.5 * gaussian().score_fn(sde)(x, t)  # noqa: E731
+    score_fn = lambda x, t: 0.5 * exact(x, t)  # noqa: E731
+
+    def shrunk(x, t):
+        """An error of x0_hat, so that the error of eps is small where alpha is, as it is for networks that predict x0 or v."""
+        x0, _ = exact.predict(x, t)
+        alpha, sigma = sde.alpha(t)[:, None], sde.sigma(t)[:, None]
+        return exact(x, t) - 0.5 * alpha / (alpha**2 + sigma**2) * x0
+
+    def both(key, times):
+        steep = STEEP if name in ("vp", "zero_snr") else {}
+        return {**all_losses(score_fn, sde, key, x0, times), **all_losses(shrunk, sde, key, x0, times, steep)}
+
     uniform, log_snr = (
-        jax.jit(lambda key, times=times: all_losses(score_fn, sde, key, x0, times))(jax.random.key(i))
-        for i, times in enumerate(("uniform", "log_snr"))
+        jax.jit(functools.partial(both, times=times))(jax.random.key(i)) for i, times in enumerate(("uniform", "log_snr"))
     )
-    for loss in LOSSES:
+    for loss in uniform:
         a, b = (np.asarray(values[loss], np.float64) for values in (uniform, log_snr))
         assert np.isfinite([a, b]).all() and min(a.min(), b.min()) >= 0, loss
         assert abs(a.mean() - b.mean()) < 4 * np.hypot(standard_error(a), standard_error(b)), loss
@@ -157,80 +162,6 @@ def test_the_four_names_of_two_losses():
     np.testing.assert_allclose(value["weighted_simple"], 0.5 * span * value["dsm_sigma2"], rtol=1e-5)
     np.testing.assert_allclose(value["weighted_likelihood"], value["weighted_elbo"], rtol=1e-4)
     np.testing.assert_allclose(value["weighted_elbo"], 0.5 * span * value["dsm_likelihood"], rtol=1e-4)
-
-
-def test_edm_weight_is_edms_loss(x64):
-    """EDM draws log sigma ~ N(-1.2, 1.2^2) and weighs |D - x0|^2 by (sigma^2 + 1/4) / (sigma / 2)^2 (arXiv:2206.00364).
-
-    Of a VE process, against that description by Monte-Carlo; the two differ by a constant of proportionality.
-    """
-    sde, n = sd.VE(sigma_min=2e-3, sigma_max=80.0), 100_000
-    x0 = 0.5 * jax.random.normal(jax.random.key(0), (n, 1))
-    ratios = []
-    for shift in (0.0, 1.0):
-        # The optimal denoiser of N(0, 1/4), its noise level misjudged by the shift.
-        def denoise(x, sigma, shift=shift):
-            return 0.25 / (0.25 + sigma**2) * x + shift * 0.3 * jnp.tanh(sigma)
-
-        def score_fn(x, t, denoise=denoise):
-            sigma = sde.sigma(t)[:, None]
-            return (denoise(x, sigma) - x) / sigma**2
-
-        sigma = jnp.exp(-1.2 + 1.2 * jax.random.normal(jax.random.key(1), (n, 1)))
-        noisy = x0 + sigma * jax.random.normal(jax.random.key(2), (n, 1))
-        theirs = (sigma**2 + 0.25) / (sigma / 2) ** 2 * (denoise(noisy, sigma) - x0) ** 2
-        ours = sd.weighted_loss(score_fn, sde, jax.random.key(3), x0, weight="edm", times="log_snr")
-        ratio = float(ours.mean() / theirs.mean())
-        relative = np.hypot(standard_error(ours) / float(ours.mean()), standard_error(theirs[:, 0]) / float(theirs.mean()))
-        ratios.append((ratio, relative * ratio))
-    (a, error_a), (b, error_b) = ratios
-    assert abs(a - b) < 4 * np.hypot(error_a, error_b) < 0.1 * a
-
-
-def test_sigmoid_weight_is_monotone_and_half_at_two(x64):
-    density = loss_weight("sigmoid")
-    sde = SDES["cosine"]
-    t = jnp.linspace(0.05, 0.95, 50)
-    weight = np.asarray(density(sde, t) / -jax.vmap(jax.grad(sde.log_snr))(t))
-    assert (np.diff(weight) > 0).all()
-    at_two = sde.time(jnp.asarray(2.0))
-    np.testing.assert_allclose(density(sde, at_two) / -jax.grad(sde.log_snr)(at_two), 0.5, rtol=1e-9)
-
-
-@pytest.mark.parametrize("n", [1, 2, 5, 100, 1000])
-def test_times_are_low_discrepancy(n):
-    """One time in each n-th of the range, exactly n of them, for any n (1 / n summed up would give n + 1 for some)."""
-    sde = SDES["vp"]
-    t, weight = sd.sample_times(jax.random.key(n), n, sde)
-    assert t.shape == weight.shape == (n,)
-    cells = np.floor((np.sort(t) - sde.t_train) / (sde.t_max - sde.t_train) * n)
-    # A time on the border of two cells may round into either.
-    assert np.abs(cells - np.arange(n)).max() <= 1 and len(np.unique(np.asarray(t))) == n
-    gaps = np.diff(np.sort(t))
-    np.testing.assert_allclose(gaps, (sde.t_max - sde.t_train) / n, rtol=1e-3)
-
-
-@pytest.mark.parametrize("times", ["uniform", "log_snr"])
-@pytest.mark.parametrize("name", NAMES)
-def test_times_integrate_functions(name, times, x64):
-    """E[weight h(t)] is the integral of h over [t_train, t_max]."""
-    sde = SDES[name]
-    t, weight = sd.sample_times(jax.random.key(0), 20_000, sde, times)
-    assert (t >= sde.t_train).all() and (t <= sde.t_max).all()
-    for power in (0, 1, 3):
-        exact = (sde.t_max ** (power + 1) - sde.t_train ** (power + 1)) / (power + 1)
-        # A stratified sum is as exact as a rectangle rule; of the log-SNR, its largest weight divided by n.
-        tolerance = float(weight.max()) / len(t)
-        assert abs(float((weight * t**power).mean()) - exact) < tolerance
-
-
-def test_each_time_is_uniform_on_its_own():
-    """Stratified over the batch, but every example sees all times: by the mean and variance over many keys."""
-    keys = jax.random.split(jax.random.key(0), 4000)
-    t = np.asarray(jax.vmap(lambda k: sd.sample_times(k, 3, SDES["ve"])[0])(keys))
-    # Standard errors of the mean (1/sqrt(12 n)) and of the variance (1/sqrt(180 n)) of n uniform numbers.
-    assert (np.abs(t.mean(0) - 0.5) < 4 / np.sqrt(12 * 4000)).all()
-    assert (np.abs(t.var(0) - 1 / 12) < 4 / np.sqrt(180 * 4000)).all()
 
 
 def test_event_axes_are_summed():
@@ -281,11 +212,17 @@ def test_jit_and_pmap_give_the_same_numbers():
         (lambda f, s, k, x: sd.dsm_loss(f, s, k, x, weighting="elbo"), ["'elbo'", "likelihood, sigma2"]),
         (
             lambda f, s, k, x: sd.weighted_loss(f, s, k, x, weight="snr"),
-            ["'snr'", "edm, elbo, likelihood, sigma2, sigmoid, simple"],
+            ["'snr'", "edm, elbo, flow_matching, indi, likelihood, min_snr, p2, sigma2, sigmoid, simple, simple_cosine, v_mse"],
         ),
         (lambda f, s, k, x: sd.weighted_loss(f, s, k, x, times="cosine"), ["'cosine'", "'uniform'", "'log_snr'"]),
         # The function that both share, because jaxtyping would stop it at the public ones under pytest.
-        (lambda f, s, k, x: _loss(f, s, k, x.astype(jnp.uint8), "uniform", None, False), ["uint8", "scale it to float"]),
+        (lambda f, s, k, x: weighted_error(f, s, k, x.astype(jnp.uint8), "uniform", None, False), ["uint8", "scale it to float"]),
+        (lambda f, s, k, x: sd.weighted_loss(f, s, k, x, weight=lambda l: l[:, None]), ["weight", "(2, 1)", "(2,)"]),
+        (lambda f, s, k, x: sd.dsm_loss(f, s, k, x, weighting=lambda t: jnp.ones(5)), ["weighting", "(5,)", "(2,)"]),
+        (lambda f, s, k, x: sd.weighted_loss(f, s, k, x, control=0.0), ["control=0.0", "standard deviation"]),
+        (lambda f, s, k, x: sd.sliced_loss(f, s, k, x, probes=0), ["probes=0", "at least 1"]),
+        (lambda f, s, k, x: sd.sliced_loss(f, s, k, x, probe="cauchy"), ["'cauchy'", "gaussian, rademacher"]),
+        (lambda f, s, k, x: sd.implicit_loss(f, s, k, x, weighting="g2"), ["'g2'", "likelihood, sigma2"]),
     ],
 )
 def test_bad_input_is_refused_while_tracing(call, words):
@@ -307,10 +244,22 @@ def test_levels_outside_the_process_are_refused(times, words):
             loss(lambda x, t: -x, sd.DDPM(), jax.random.key(0), jnp.ones((4, 3)), times=times)
 
 
-def test_the_edm_weight_is_finite_at_zero_snr():
-    weight = LOG_SNR_WEIGHTS["edm"]
-    # N(lambda; 2.4, 2.4^2) (e^-lambda + 1/4) / (1/4), written out at two noise levels.
-    for log_snr in (-3.0, 1.0):
-        normal = np.exp(-0.5 * ((log_snr - 2.4) / 2.4) ** 2) / (2.4 * np.sqrt(2 * np.pi))
-        np.testing.assert_allclose(weight(jnp.asarray(log_snr)), normal * (4 * np.exp(-log_snr) + 1), rtol=1e-5)
-    assert weight(jnp.asarray(-jnp.inf)) == 0
+@pytest.mark.parametrize("name", NAMES)
+def test_the_control_changes_the_variance_and_nothing_else(name):
+    """Same draws: the difference has mean 0 within its standard error, the gradient is the same, the variance smaller."""
+    sde, oracle, n = SDES[name], mixture(), 10_000
+    x0 = oracle.sample(jax.random.key(0), n)
+
+    @jax.jit
+    def values(amount, key):
+        def loss(amount, control):
+            each = sd.weighted_loss(perturbed(oracle.score_fn(sde), sde, amount), sde, key, x0, times="log_snr", control=control)
+            return each.mean(), each
+
+        return [jax.value_and_grad(loss, has_aux=True)(amount, control) for control in (None, 0.9)]
+
+    ((_, plain), slope), ((_, controlled), same_slope) = values(jnp.asarray(0.0), jax.random.key(1))
+    assert abs(float((controlled - plain).mean())) < 4 * standard_error(controlled - plain)
+    np.testing.assert_allclose(same_slope, slope, rtol=1e-4)
+    # What is left is the loss's own change with t, which stratified times take out, and with x0.
+    assert controlled.var() < 0.9 * plain.var()

@@ -260,3 +260,33 @@ def test_a_conditional_run_samples_without_labels(digits):
     params = train.init_state(config, digits.event_shape).ema
     x = sd.sample_ode(configs.build_score(config, params), configs.build_sde(config), jax.random.key(0), (3, 8, 8, 1), num_steps=2)
     assert x.shape == (3, 8, 8, 1) and np.isfinite(x).all()
+
+
+def test_adaptive_times_are_learned_saved_and_resumed(tmp_path, digits):
+    """They are part of the state: a run in two halves ends where one in one piece does, bit for bit."""
+    config = tiny(loss=dict(times="adaptive"))
+    through = train.train(config, tmp_path / "through", digits)
+    train.train(tiny(loss=dict(times="adaptive"), train=dict(num_steps=4)), tmp_path / "halves", digits)
+    halves = train.train(config, tmp_path / "halves", digits)
+    assert leaves_equal(through, halves)
+    # 8 batches of 16, the older ones discounted.
+    assert float(halves.times.counts.sum()) == pytest.approx(16 * sum(0.99**i for i in range(8)), rel=1e-5)
+    assert float(halves.times.shares().std()) > 0
+
+
+def test_without_adaptive_times_the_state_is_what_it_was(tmp_path, digits):
+    """No array more: a checkpoint of a state that knew nothing of them is restored."""
+    state = train.init_state(tiny(), digits.event_shape)
+    assert state.times == () and jax.tree.leaves(state) == jax.tree.leaves(tuple(state)[:5])
+
+    class Before(train.NamedTuple):
+        step: object
+        params: object
+        ema: object
+        opt_state: object
+        bad_steps: object
+
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(0, Before(*tuple(state)[:5]))
+    with Checkpoints(tmp_path, read_only=True) as checkpoints:
+        assert leaves_equal(checkpoints.restore(state), state)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from sde_diffusion.losses import terminal_log_snr
+from sde_diffusion.times import terminal_log_snr
 from sde_diffusion.prediction import as_pytree, check_process, lookup, predict
 from sde_diffusion.samplers.grid import check_t_end
 from sde_diffusion.sde import SDE, Number, check

@@ -33,6 +33,15 @@ def integrate(
     if isinstance(solver, Solver):
         check_start(solver, method, sde, len(times) - 1)
         noise_level = noise_level if solver.stochastic else None
+    shape, init = check_state(score_fn, sde, key, shape, init)
+    return _run(
+        as_pytree(solver), as_pytree(score_fn), sde, key, times, init, sigma_data, noise_level,
+        None if correct is None else as_pytree(correct), shape=shape, denoise=denoise, return_path=return_path,
+    )  # fmt: skip
+
+
+def check_state(score_fn, sde: SDE, key, shape, init):
+    """(shape, init) as a tuple and an array of float32 or wider, or a ValueError: what every sampler asks of its start."""
     if isinstance(shape, int) or len(shape) < 2 or min(shape) < 1:
         raise ValueError(f"shape={shape} must be (batch, *event) with at least one event axis, all positive")
     shape, init = tuple(shape), None if init is None else jnp.asarray(init)
@@ -50,10 +59,7 @@ def integrate(
         )
     if key is None:
         raise ValueError("key=None; pass jax.random.key(seed)")
-    return _run(
-        as_pytree(solver), as_pytree(score_fn), sde, key, times, init, sigma_data, noise_level,
-        None if correct is None else as_pytree(correct), shape=shape, denoise=denoise, return_path=return_path,
-    )  # fmt: skip
+    return shape, init
 
 
 def check_start(solver: Solver, name: str, sde: SDE, num_steps: int) -> None:

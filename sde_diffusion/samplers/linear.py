@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from sde_diffusion.losses import terminal_log_snr
+from sde_diffusion.times import terminal_log_snr
 from sde_diffusion.prediction import predict
 from sde_diffusion.sde import SDE, Number, pytree_dataclass
 
