@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from sde_diffusion.losses import check_floats, low_discrepancy, noise_error, sample_times
+from sde_diffusion.losses import check_floats, noise_error
 from sde_diffusion.prediction import check_process
 from sde_diffusion.schedules import Tangent
 from sde_diffusion.sde import SDE, check, known
+from sde_diffusion.times import low_discrepancy, sample_times
 
 Values = Float[Array, " levels"] | Float[np.ndarray, " levels"] | None
 

@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from sde_diffusion.losses import terminal_log_snr
 from sde_diffusion.prediction import as_pytree, check_process, lookup, score
 from sde_diffusion.samplers.grid import check_t_end
 from sde_diffusion.sde import SDE, check, derivative
+from sde_diffusion.times import terminal_log_snr
 
 PROBES = {"rademacher": jax.random.rademacher, "gaussian": jax.random.normal}
 

@@ -12,10 +12,9 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from sde_diffusion.prediction import lookup, score
 from sde_diffusion.sde import SDE, Number, check, expand
-from sde_diffusion.times import (  # noqa: F401
-    AdaptiveTimes, Levels, low_discrepancy, sample_times, terminal_log_snr,
-)  # fmt: skip
+from sde_diffusion.times import AdaptiveTimes, Levels, sample_times
 from sde_diffusion.weights import TIME_WEIGHTS, check_weights, loss_weight
+
 
 def noise_error(
     score_fn, sde: SDE, key: PRNGKeyArray, x0: Float[Array, "b ..."], t: Float[Array, " b"], control: Number | None = None

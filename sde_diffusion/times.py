@@ -21,7 +21,7 @@ class AdaptiveTimes:
 
     The density in lambda is piecewise constant on equal bins between the log-SNRs of t_train and t_max, proportional to the running
     root mean square of the loss per unit of lambda: of all such densities the one of least variance of a loss at
-    independent times. The adaptive noise schedule of arXiv:2303.00848 section 4 and appendix F takes 100 bins likewise.
+    independent times. After the adaptive noise schedule of arXiv:2303.00848.
 
         times = sd.AdaptiveTimes()
         loss, t = sd.weighted_loss(score_fn, sde, key, x0, times=times, return_times=True)
