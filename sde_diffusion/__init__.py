@@ -3,7 +3,7 @@
 from sde_diffusion.analytic import GaussianMixture
 from sde_diffusion.bound import Bound, variational_bound
 from sde_diffusion.discrete import DDPM, SMLD, cosine_betas, linear_betas
-from sde_diffusion.likelihood import log_likelihood
+from sde_diffusion.likelihood import Likelihood, encode, log_likelihood, slerp
 from sde_diffusion.losses import dsm_loss, sample_times, weighted_loss
 from sde_diffusion.prediction import as_score
 from sde_diffusion.samplers import (
@@ -13,8 +13,8 @@ from sde_diffusion.schedules import LinearLogSNR, MonotoneLogSNR
 from sde_diffusion.sde import SDE, VE, VP, CosineVP, SubVP
 
 __all__ = [
-    "Bound", "DDPM", "LearnedSolver", "LinearLogSNR", "MonotoneLogSNR", "SDE", "SMLD", "VE", "VP", "CosineVP", "GaussianMixture", "SubVP", "as_score", "cosine_betas",
-    "dsm_loss", "fit_solver", "linear_betas", "log_likelihood", "sample_adaptive", "sample_ode", "sample_pc",
-    "sample_sde", "sample_times", "solvers",
+    "Bound", "DDPM", "LearnedSolver", "Likelihood", "LinearLogSNR", "MonotoneLogSNR", "SDE", "SMLD", "VE", "VP", "CosineVP", "GaussianMixture", "SubVP", "as_score", "cosine_betas",
+    "dsm_loss", "encode", "fit_solver", "linear_betas", "log_likelihood", "sample_adaptive", "sample_ode", "sample_pc",
+    "sample_sde", "sample_times", "slerp", "solvers",
     "time_grid", "variational_bound", "weighted_loss",
 ]  # fmt: skip
