@@ -2,6 +2,9 @@
 
 from sde_diffusion.analytic import GaussianMixture
 from sde_diffusion.bound import Bound, variational_bound
+from sde_diffusion.dequantize import (
+    discrete_bits_per_dim, truncated_normal_dequantize, uniform_dequantize, variational_dequantize,
+)  # fmt: skip
 from sde_diffusion.discrete import DDPM, SMLD, cosine_betas, linear_betas
 from sde_diffusion.likelihood import Likelihood, encode, log_likelihood, slerp
 from sde_diffusion.losses import dsm_loss, sample_times, weighted_loss
@@ -14,7 +17,8 @@ from sde_diffusion.sde import SDE, VE, VP, CosineVP, SubVP
 
 __all__ = [
     "Bound", "DDPM", "LearnedSolver", "Likelihood", "LinearLogSNR", "MonotoneLogSNR", "SDE", "SMLD", "VE", "VP", "CosineVP", "GaussianMixture", "SubVP", "as_score", "cosine_betas",
-    "dsm_loss", "encode", "fit_solver", "linear_betas", "log_likelihood", "sample_adaptive", "sample_ode", "sample_pc",
+    "discrete_bits_per_dim", "dsm_loss", "encode", "fit_solver", "linear_betas", "log_likelihood", "sample_adaptive", "sample_ode", "sample_pc",
     "sample_sde", "sample_times", "slerp", "solvers",
-    "time_grid", "variational_bound", "weighted_loss",
+    "time_grid", "truncated_normal_dequantize", "uniform_dequantize", "variational_bound", "variational_dequantize",
+    "weighted_loss",
 ]  # fmt: skip

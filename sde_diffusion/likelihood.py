@@ -16,7 +16,7 @@ from sde_diffusion.sde import SDE, Number, Times, check, expand
 
 PROBES = {"rademacher": jax.random.rademacher, "gaussian": jax.random.normal}
 # Evaluations before the first step, and of each step that is tried.
-METHODS = {"adams": (1, 1), "tsit5": (2, 6), "dopri8": (1, 13), "heun": (0, 2)}
+METHODS = {"adams": (1, 1), "tsit5": (1, 6), "dopri8": (1, 13), "heun": (0, 2)}
 
 
 class Likelihood(NamedTuple):
@@ -235,7 +235,9 @@ def _solve(score_fn, sde, x, probes, t_end, times, rtol, atol, s, *, method, max
 def _linearize(fn, u):
     """fn(u) and a function of v for v^T J v: forward mode costs least; a network with a custom backward pass knows reverse only."""
     try:
-        return jax.linearize(fn, u)
+        value, product = jax.linearize(fn, u)
+        jax.eval_shape(product, u)
+        return value, product
     except TypeError as error:
         if "custom_vjp" not in str(error):
             raise

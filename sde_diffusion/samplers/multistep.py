@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 ORDER = 3  # of the predictor, whose nodes are the newest; the corrector has one more
 GAP = 0.002  # first step, of the whole range
-SAFETY = 0.1  # the aimed-at error of a step, of the tolerance: small, since an error that is small by chance must not lengthen the next step much
+SAFETY = 0.03  # the aimed-at error of a step, of the tolerance: small, since an error that is small by chance must not lengthen the next step much
 
 
 class MultistepSolution(NamedTuple):
