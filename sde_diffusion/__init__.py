@@ -2,8 +2,11 @@
 
 from sde_diffusion.analytic import GaussianMixture
 from sde_diffusion.bound import Bound, variational_bound
+from sde_diffusion.dequantize import (
+    discrete_bits_per_dim, truncated_normal_dequantize, uniform_dequantize, variational_dequantize,
+)  # fmt: skip
 from sde_diffusion.discrete import DDPM, SMLD, cosine_betas, linear_betas
-from sde_diffusion.likelihood import log_likelihood
+from sde_diffusion.likelihood import Likelihood, encode, log_likelihood, slerp
 from sde_diffusion.losses import dsm_loss, weighted_loss
 from sde_diffusion.prediction import as_score
 from sde_diffusion.samplers import (
@@ -16,8 +19,10 @@ from sde_diffusion.times import AdaptiveTimes, sample_times
 from sde_diffusion.weights import is_monotone, weights
 
 __all__ = [
-    "AdaptiveTimes", "Bound", "DDPM", "LearnedSolver", "LinearLogSNR", "MonotoneLogSNR", "SDE", "SMLD", "VE", "VP", "CosineVP", "GaussianMixture",
-    "SubVP", "as_score", "cosine_betas", "dsm_loss", "fit_solver", "implicit_loss", "is_monotone", "linear_betas", "log_likelihood",
-    "sample_adaptive", "sample_langevin", "sample_ode", "sample_pc", "sample_sde", "sample_times", "sliced_loss", "solvers",
-    "time_grid", "variational_bound", "weighted_loss", "weights",
+    "AdaptiveTimes", "Bound", "DDPM", "LearnedSolver", "Likelihood", "LinearLogSNR", "MonotoneLogSNR", "SDE", "SMLD",
+    "VE", "VP", "CosineVP", "GaussianMixture", "SubVP", "as_score", "cosine_betas", "discrete_bits_per_dim",
+    "dsm_loss", "encode", "fit_solver", "implicit_loss", "is_monotone", "linear_betas", "log_likelihood",
+    "sample_adaptive", "sample_langevin", "sample_ode", "sample_pc", "sample_sde", "sample_times", "slerp",
+    "sliced_loss", "solvers", "time_grid", "truncated_normal_dequantize", "uniform_dequantize", "variational_bound",
+    "variational_dequantize", "weighted_loss", "weights",
 ]  # fmt: skip

@@ -1,17 +1,31 @@
-"""Exact log-likelihood by the probability-flow ODE (arXiv:2011.13456 section 4.3; arXiv:1810.01367)."""
+"""Exact log-likelihood by the probability-flow ODE (arXiv:2011.13456 section 4.3; arXiv:1810.01367), and its latent space."""
 
 import functools
+import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from sde_diffusion.prediction import as_pytree, check_process, lookup, score
-from sde_diffusion.samplers.grid import check_t_end
-from sde_diffusion.sde import SDE, check, derivative
+from sde_diffusion.prediction import as_pytree, check_process, lookup, predict
+from sde_diffusion.samplers.grid import check_t_end, resolve_grid
+from sde_diffusion.samplers.multistep import adams
+from sde_diffusion.sde import SDE, Number, Times, check, expand
 from sde_diffusion.times import terminal_log_snr
 
 PROBES = {"rademacher": jax.random.rademacher, "gaussian": jax.random.normal}
+# Evaluations before the first step, and of each step that is tried.
+METHODS = {"adams": (1, 1), "tsit5": (1, 6), "dopri8": (1, 13), "heun": (0, 2)}
+
+
+class Likelihood(NamedTuple):
+    """What `log_likelihood` returns with `details=True`."""
+
+    log_prob: Float[Array, " b"]  # in nats
+    standard_error: Float[Array, " b"]  # of log_prob over the probes: nan for one probe, 0 for the exact trace
+    latent: Float[Array, "b ..."]  # the state at t_max, where the prior is evaluated
+    evaluations: Int[Array, " b"]  # of the score together with its Jacobian products, rejected steps included
 
 
 def log_likelihood(
@@ -27,12 +41,17 @@ def log_likelihood(
     atol: float = 1e-4,
     t_end: float | None = None,
     max_steps: int = 4096,
-) -> Float[Array, " b"]:
+    method: str = "adams",
+    num_steps: int | None = None,
+    grid: str | Float[Array, " times"] | None = None,
+    sigma_data: Number | None = None,
+    details: bool = False,
+):
     """log p(x) in nats, `(B,)`: the density that the probability-flow ODE from t_max to t_end transports the prior to.
 
-    Integrates d x / d lambda and the divergence with diffrax's Tsit5 in lambda = log-SNR, in which the flow is smooth,
-    with step-size control per example: an example's value does not depend on its neighbours. Computed in
-    x's precision, with matrix products in full float32 precision.
+    Integrates x / c, c^2 = alpha^2 sigma_data^2 + sigma^2, and the divergence over theta = arctan(sigma / (alpha sigma_data)), in which
+    the flow is smooth and of finite length even at zero SNR, with step-size control per example: an example's value does not depend on its neighbours. With num_steps or a grid, on fixed times instead: the cost is known in
+    advance, the error is not. Computed in x's precision, with matrix products in full float32 precision.
 
     Args:
       score_fn: `(x (B, *event), t (B,)) -> (B, *event)`.
@@ -40,75 +59,234 @@ def log_likelihood(
       x: points `(B, *event)`.
       trace: "hutchinson": unbiased in log p, one Jacobian product a probe; "exact": D of them.
       probe: "rademacher" or "gaussian"; num_probes: probes averaged, at least 1.
-      rtol, atol: tolerances of one step, for x and for the log-density per dimension.
+      rtol, atol: tolerances of one step, for x / c and for the log-density per dimension.
       t_end: where the data is taken to live, in [t_train, t_max); `sde.t_min` by default.
       max_steps: steps after which an example is given up: its value is nan.
+      method: "adams" (order 4, 1 evaluation a step: the cheapest on networks), "dopri8" (8, 13 evaluations: for tolerances
+        below 1e-7), "tsit5" (5, 6) or "heun" (2, 2).
+      num_steps, grid: fixed times, as in `sample_ode`; "student" by default. Adams splits the first step, for 4 evaluations more.
+      sigma_data: standard deviation of the data; the score function's own (`as_score`), or 0.5, by default.
+      details: return a `Likelihood`: the value with its standard error, latent and count of evaluations.
 
     Raises:
-      ValueError: unknown trace or probe, num_probes < 1, t_end outside the range, a score of the wrong shape or dtype.
+      ValueError: unknown name, num_probes < 1, t_end outside the range, a score of the wrong shape or dtype.
     """
     if trace not in ("hutchinson", "exact"):
         raise ValueError(f"unknown trace {trace!r}; choose 'hutchinson' or 'exact'")
     lookup(PROBES, probe, "probe")
     check(isinstance(num_probes, int) and num_probes >= 1, f"num_probes={num_probes} must be an integer of at least 1")
-    check(rtol > 0 and atol > 0, f"rtol={rtol} and atol={atol} must be positive; 1e-4 is usual")
     if trace == "hutchinson" and key is None:
         raise ValueError("trace='hutchinson' draws probes and needs a key; pass one, or trace='exact'")
-    check_process(score_fn, sde)
-    t_end = check_t_end(sde, t_end)
     key = jax.random.key(0) if key is None else key
     dtype = jnp.promote_types(x.dtype, jnp.float32)
+    if trace == "hutchinson":
+        probes = PROBES[probe](key, (x.shape[0], num_probes, *x.shape[1:]), dtype)
+    else:
+        probes = jnp.eye(x[0].size, dtype=dtype).reshape(-1, *x.shape[1:])
+    out = _flow(
+        score_fn, sde, x, probes, rtol=rtol, atol=atol, t_end=t_end, max_steps=max_steps, method=method, num_steps=num_steps,
+        grid=grid, sigma_data=sigma_data,
+    )  # fmt: skip
+    return out if details else out.log_prob
+
+
+def encode(
+    score_fn,
+    sde: SDE,
+    x: Float[Array, "b ..."],
+    *,
+    rtol: float = 1e-4,
+    atol: float = 1e-4,
+    t_end: float | None = None,
+    max_steps: int = 4096,
+    method: str = "adams",
+    num_steps: int | None = None,
+    grid: str | Float[Array, " times"] | None = None,
+    sigma_data: Number | None = None,
+) -> Float[Array, "b ..."]:
+    """The latent of x `(B, *event)` at t_max, by the probability-flow ODE from t_end (arXiv:2011.13456 section 4.3).
+
+    `sample_adaptive(..., init=latent, denoise=False)` decodes it, up to the tolerances. Options as in `log_likelihood`;
+    nan where max_steps were not enough.
+
+    Raises:
+      ValueError: as `log_likelihood`.
+    """
+    return _flow(
+        score_fn, sde, x, None, rtol=rtol, atol=atol, t_end=t_end, max_steps=max_steps, method=method, num_steps=num_steps,
+        grid=grid, sigma_data=sigma_data,
+    ).latent  # fmt: skip
+
+
+def slerp(a: Float[Array, "b ..."], b: Float[Array, "b ..."], fraction: Times) -> Float[Array, "b ..."]:
+    """Spherical interpolation of latents, per example: a at fraction 0, b at 1 (arXiv:2010.02502 appendix D.5).
+
+    Keeps the norm of two latents of equal norm, as those of a Gaussian nearly are; the straight line leaves that shell.
+
+    Args:
+      fraction: a scalar, or one of each example `(B,)`.
+
+    Raises:
+      ValueError: a and b of different shapes.
+    """
+    check(a.shape == b.shape, f"a has shape {a.shape} and b {b.shape}; make them equal")
+    dtype = jnp.promote_types(a.dtype, jnp.float32)
+    fraction = jnp.broadcast_to(jnp.asarray(fraction, dtype), a.shape[:1])
+
+    def unit(x):
+        flat = x.reshape(x.shape[0], -1).astype(dtype)
+        return flat / jnp.maximum(jnp.linalg.norm(flat, axis=1, keepdims=True), jnp.finfo(dtype).tiny)
+
+    # By the half-angle's tangent: the arc cosine of a product near 1 has half of the digits.
+    p, q = unit(a), unit(b)
+    angle = 2 * jnp.arctan2(jnp.linalg.norm(p - q, axis=1), jnp.linalg.norm(p + q, axis=1))
+    # sinc(x) = sin(pi x) / (pi x) is smooth at 0, where the sphere is flat.
+    first, second = (f * jnp.sinc(f * angle / math.pi) / jnp.sinc(angle / math.pi) for f in (1 - fraction, fraction))
+    return (expand(first, a) * a + expand(second, b) * b).astype(a.dtype)
+
+
+def _flow(score_fn, sde, x, probes, *, rtol, atol, t_end, max_steps, method, num_steps, grid, sigma_data) -> Likelihood:
+    """Checks what the public functions share, and runs."""
+    check(jnp.issubdtype(x.dtype, jnp.floating), f"x has dtype {x.dtype}; scale it to floats first (data.Scaler does, with dequantization)")
+    check(rtol > 0 and atol > 0, f"rtol={rtol} and atol={atol} must be positive; 1e-4 is usual")
+    check(isinstance(max_steps, int) and max_steps >= 1, f"max_steps={max_steps} must be an integer of at least 1")
+    lookup(METHODS, method, "method")
+    check_process(score_fn, sde)
+    sigma_data = getattr(score_fn, "sigma_data", 0.5) if sigma_data is None else sigma_data
+    check(sigma_data > 0, f"sigma_data={sigma_data} must be positive: the standard deviation of the data")
+    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    times = None
+    if num_steps is not None or grid is not None:
+        grid = "student" if grid is None else grid
+        times = resolve_grid(sde, grid, 18 if num_steps is None else num_steps, t_end, sigma_data, from_prior=True)
+        times, t_end = times.astype(dtype), times[-1]
+    t_end = check_t_end(sde, t_end) if times is None else t_end
     with jax.default_matmul_precision("float32"):
         return _solve(
-            as_pytree(score_fn), sde, key, x.astype(dtype), jnp.asarray(t_end, dtype), rtol, atol,
-            trace=trace, probe=probe, num_probes=num_probes, max_steps=max_steps,
+            as_pytree(score_fn), sde, x.astype(dtype), probes, jnp.asarray(t_end, dtype), times, rtol, atol, sigma_data,
+            method=method, max_steps=max_steps,
         )  # fmt: skip
 
 
-@functools.partial(jax.jit, static_argnames=("trace", "probe", "num_probes", "max_steps"))
-def _solve(score_fn, sde, key, x, t_end, rtol, atol, *, trace, probe, num_probes, max_steps):
+@functools.partial(jax.jit, static_argnames=("method", "max_steps"))
+def _solve(score_fn, sde, x, probes, t_end, times, rtol, atol, s, *, method, max_steps):
+    dtype, num_dims = x.dtype, x[0].size
+
+    def angle(log_snr):
+        """theta of tan(theta) = sigma / (alpha s): from 0, all data, to pi / 2, all noise."""
+        return jnp.arctan(jnp.exp(-0.5 * log_snr) / s).astype(dtype)
+
+    def scale(log_snr, t):
+        """c of x = c u."""
+        return (sde.sigma(t) * jnp.sqrt(1 + s**2 * jnp.exp(log_snr))).astype(dtype)
+
+    def rate(theta, u, probes):
+        """du/dtheta `(B, *event)` and the divergences per dimension `(B, P)`; theta is `(B,)`."""
+        cos, sin = jnp.cos(theta), jnp.sin(theta)
+        log_snr = -2 * jnp.log(s * jnp.tan(theta))
+        t = sde.time(log_snr)
+        c = scale(log_snr, t)
+
+        def velocity(u):
+            """cos(theta) eps - sin(theta) x0 / s, where u = cos(theta) x0 / s + sin(theta) eps."""
+            x0, eps = predict(score_fn, sde, expand(c, u) * u, t)
+            return (expand(cos, u) * eps - expand(sin / s, u) * x0).astype(dtype)
+
+        if probes is None:
+            return velocity(u), jnp.zeros((u.shape[0], 1), dtype)
+        value, product = _linearize(velocity, u)
+
+        def quadratic(v):
+            v = jnp.broadcast_to(v, u.shape)
+            return (v * product(v)).reshape(u.shape[0], -1).sum(axis=1)
+
+        if probes.ndim == u.ndim:  # the unit vectors
+            many = max(1, min(len(probes), 1024 // u.shape[0]))
+            total = jax.lax.map(lambda v: quadratic(v[None]), probes, batch_size=many).sum(axis=0)[:, None]
+        elif probes.shape[1] == 1:
+            total = quadratic(probes[:, 0])[:, None]
+        else:
+            total = jax.lax.map(quadratic, jnp.moveaxis(probes, 1, 0)).T
+        return value, total / num_dims
+
+    first, last = sde.log_snr(t_end), terminal_log_snr(sde, dtype)
+    start, stop = angle(first), angle(last)
+    nodes = None
+    if times is not None:
+        nodes = angle(jnp.maximum(sde.log_snr(times[::-1]), -20.0)).at[0].set(start).at[-1].set(stop)
+    begin, end = scale(first, t_end), scale(last, sde.time(last))
+    u = x / begin
+    if method == "adams":
+        u, log_det, evaluations, success = _adams(rate, u, probes, start, stop, nodes, rtol, atol, max_steps)
+    else:
+        u, log_det, evaluations, success = _runge_kutta(rate, u, probes, start, stop, nodes, rtol, atol, max_steps, method)
+    latent = jnp.where(expand(success.astype(dtype), u) > 0, end * u, jnp.nan)
+    log_det = num_dims * (log_det + jnp.log(end / begin))
+    log_prob = sde.prior_log_prob(latent) + log_det.mean(axis=1)
+    if probes is None or probes.ndim == x.ndim:
+        standard_error = jnp.zeros_like(log_prob)
+    elif log_det.shape[1] == 1:
+        standard_error = jnp.full_like(log_prob, jnp.nan)
+    else:
+        standard_error = log_det.std(axis=1, ddof=1) / math.sqrt(log_det.shape[1])
+    return Likelihood(log_prob, standard_error, latent, evaluations)
+
+
+def _linearize(fn, u):
+    """fn(u) and a function of v for v^T J v: forward mode costs least; a network with a custom backward pass knows reverse only."""
+    try:
+        value, product = jax.linearize(fn, u)
+        jax.eval_shape(product, u)
+        return value, product
+    except TypeError as error:
+        if "custom_vjp" not in str(error):
+            raise
+    value, pullback = jax.vjp(fn, u)
+    return value, lambda v: pullback(v)[0]
+
+
+def _adams(rate, u, probes, start, stop, nodes, rtol, atol, max_steps):
+    if nodes is not None:
+        # The method starts with order 1.
+        split = nodes[0] + (nodes[1] - nodes[0]) * jnp.asarray([1 / 16, 1 / 8, 1 / 4, 1 / 2], nodes.dtype)
+        nodes = jnp.concatenate([split, nodes[1:]])
+        max_steps = len(nodes)
+
+    def weighted(theta, u):
+        # An error of u changes log p by eps / sin(theta) times it.
+        return *rate(theta, u, probes), 1 / jnp.sin(theta)
+
+    return adams(weighted, u, start, stop, rtol, atol, max_steps=max_steps, times=nodes)
+
+
+def _runge_kutta(rate, u, probes, start, stop, nodes, rtol, atol, max_steps, method):
     import diffrax  # here, because importing it takes longer than the whole of this library
 
-    event = x.shape[1:]
-    num_dims = x[0].size
-    log_snr_start = sde.log_snr(t_end).astype(x.dtype)
-    log_snr_stop = terminal_log_snr(sde, t_end.dtype).astype(x.dtype)
+    shared = probes is None or probes.ndim == u.ndim
+    solver = {"tsit5": diffrax.Tsit5, "dopri8": diffrax.Dopri8, "heun": diffrax.Heun}[method]()
+    if nodes is None:
+        controller = diffrax.PIDController(rtol=rtol, atol=atol, norm=_norm)
+    else:
+        controller, max_steps = diffrax.StepTo(nodes), len(nodes)
 
-    def solve(x, probes):
-        def rate(log_snr, state, _):
-            """d/dlambda of x and of the log-density per dimension."""
-            x, _ = state
-            t = sde.time(log_snr)
-            shrink = (derivative(sde.log_alpha, t) / sde.log_snr_rate(t)).astype(x.dtype)
-            half_variance = (0.5 * sde.sigma(t) ** 2).astype(x.dtype)
-            # One evaluation gives the value and, by its pullback, all Jacobian products.
-            value, pullback = jax.vjp(lambda x: score(score_fn, x[None], t)[0], x)
-            products = jax.lax.map(lambda v: jnp.vdot(v, pullback(v)[0]), probes, batch_size=min(len(probes), 256))
-            divergence = products.sum() / (num_dims if trace == "exact" else num_probes * num_dims)
-            return shrink * x + half_variance * value, shrink + half_variance * divergence
+    def one(u, probes):
+        def slope(theta, state, _):
+            value, density = rate(theta[None], state[0][None], probes if shared else probes[None])
+            return value[0], density[0]
 
         solution = diffrax.diffeqsolve(
-            diffrax.ODETerm(rate),
-            diffrax.Tsit5(),
-            t0=log_snr_start,
-            t1=log_snr_stop,
-            dt0=None,
-            y0=(x, jnp.zeros((), x.dtype)),
-            stepsize_controller=diffrax.PIDController(rtol=rtol, atol=atol, norm=_norm),
-            max_steps=max_steps,
-            throw=False,
-        )
-        x, log_det = (leaf[0] for leaf in solution.ys)
-        log_prob = sde.prior_log_prob(x[None])[0] + num_dims * log_det
-        return jnp.where(solution.result == diffrax.RESULTS.successful, log_prob, jnp.nan)
+            diffrax.ODETerm(slope), solver, t0=start, t1=stop, dt0=None,
+            y0=(u, jnp.zeros(1 if shared else probes.shape[0], u.dtype)), stepsize_controller=controller, max_steps=max_steps, throw=False,
+        )  # fmt: skip
+        u, log_det = (leaf[0] for leaf in solution.ys)
+        return u, log_det, solution.stats["num_steps"], solution.result == diffrax.RESULTS.successful
 
-    if trace == "exact":
-        probes = jnp.eye(num_dims, dtype=x.dtype).reshape(num_dims, *event)
-        return jax.vmap(solve, in_axes=(0, None))(x, probes)
-    return jax.vmap(solve)(x, PROBES[probe](key, (x.shape[0], num_probes, *event), x.dtype))
+    u, log_det, steps, success = jax.vmap(one, in_axes=(0, None if shared else 0))(u, probes)
+    before, per_step = METHODS[method]
+    return u, log_det, before + per_step * steps, success
 
 
 def _norm(scaled_error) -> Float[Array, ""]:
     """The larger of the two errors, so that the log-density is not one coordinate among the D of x."""
     x, log_det = scaled_error
-    return jnp.maximum(jnp.sqrt(jnp.mean(x**2)), jnp.abs(log_det))
+    return jnp.maximum(jnp.sqrt(jnp.mean(x**2)), jnp.abs(log_det.mean()))

@@ -2,9 +2,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracle import SDES, ZERO_SNR, mixture
+from oracle import SDES, ZERO_SNR, mixture, moment_z_scores
 
 import sde_diffusion as sd
+from sde_diffusion.sde import expand
 
 NAMES = sorted(SDES)
 MEAN = np.array([0.5, -0.3, 0.1])
@@ -194,6 +195,9 @@ def test_an_example_that_runs_out_of_steps_is_nan():
         ({"trace": "full"}, ["'full'", "'hutchinson'", "'exact'"]),
         ({"probe": "cauchy"}, ["'cauchy'", "gaussian, rademacher"]),
         ({"num_probes": 0}, ["num_probes=0", "at least 1"]),
+        ({"method": "rk45"}, ["'rk45'", "adams, dopri8, heun, tsit5"]),
+        ({"num_steps": 0}, ["num_steps=0", "at least 1"]),
+        ({"atol": 0.0}, ["atol=0.0", "positive"]),
         ({"t_end": 2.0}, ["t_end=2.0", "t_train=1e-05", "t_max=1.0", "None"]),
         ({"t_end": 0.0}, ["t_end=0.0", "VP"]),
         ({"key": None}, ["key", "trace='exact'"]),
@@ -208,5 +212,158 @@ def test_bad_input_is_refused_while_tracing(options, words):
 
 
 def test_a_score_of_the_wrong_shape_is_refused():
-    with pytest.raises(ValueError, match=r"returned shape \(1, 1\) for x of shape \(1, 3\)"):
+    with pytest.raises(ValueError, match=r"returned shape \(2, 1\) for x of shape \(2, 3\)"):
         jax.eval_shape(lambda: sd.log_likelihood(lambda x, t: x[:, :1], SDES["vp"], jax.random.key(0), jnp.zeros((2, 3))))
+
+
+def mixture_in(dim):
+    """Three Gaussians, their standard deviations from 0.1 to 1 along random axes."""
+    rng = np.random.default_rng(dim)
+    bases = np.linalg.qr(rng.standard_normal((3, dim, dim)))[0]
+    covariances = np.einsum("kij,j,klj->kil", bases, np.geomspace(0.01, 1.0, dim), bases)
+    return sd.GaussianMixture(np.array([1.0, 2.0, 3.0]), rng.standard_normal((3, dim)), covariances)
+
+
+def error_per_dim(oracle, sde, x, **options):
+    """|log p - the marginal's at t_min - the prior's mismatch at the latent| / D, the mismatch in closed form."""
+    out = sd.log_likelihood(oracle.score_fn(sde), sde, None, x, trace="exact", details=True, **options)
+    mismatch = sde.prior_log_prob(out.latent) - oracle.log_prob(out.latent, sde, sde.t_max)
+    return np.abs(out.log_prob - mismatch - oracle.log_prob(x, sde, sde.t_min)) / x.shape[1]
+
+
+@pytest.mark.parametrize(("dim", "name"), [(2, "ve"), (16, "subvp"), (64, "vp")])
+def test_a_thousandth_of_a_nat_per_dimension(dim, name):
+    """Float32, exact trace, default tolerance, default range of times."""
+    oracle, sde = mixture_in(dim), SDES[name]
+    assert error_per_dim(oracle, sde, oracle.sample(jax.random.key(0), 16)).max() < 1e-3
+
+
+@pytest.mark.parametrize("name", ["vp", "ve"])
+def test_a_millionth_in_double_precision(name, x64):
+    oracle, sde = mixture_in(2), SDES[name]
+    x = oracle.sample(jax.random.key(0), 8)
+    assert error_per_dim(oracle, sde, x, method="dopri8", rtol=1e-9, atol=1e-9).max() < 1e-6
+
+
+def test_hutchinson_over_a_thousand_examples():
+    """Unbiased, and its standard errors are right on average."""
+    sde, oracle, n = WIDE["vp"], mixture_16(), 1000
+    x = oracle.sample(jax.random.key(5), n)
+    exact = sd.log_likelihood(oracle.score_fn(sde), sde, None, x, trace="exact")
+    out = sd.log_likelihood(oracle.score_fn(sde), sde, jax.random.key(6), x, num_probes=4, details=True)
+    error = np.asarray(out.log_prob - exact, np.float64)
+    assert abs(error.mean()) < 4 * error.std() / np.sqrt(n)
+    excess = error**2 - np.asarray(out.standard_error, np.float64) ** 2
+    assert abs(excess.mean()) < 4 * excess.std() / np.sqrt(n)
+
+
+def test_standard_errors_of_one_probe_and_of_the_exact_trace():
+    sde, oracle = SDES["vp"], mixture()
+    x = oracle.sample(jax.random.key(0), 3)
+    one = sd.log_likelihood(oracle.score_fn(sde), sde, jax.random.key(1), x, details=True, num_steps=5)
+    exact = sd.log_likelihood(oracle.score_fn(sde), sde, None, x, trace="exact", details=True, num_steps=5)
+    assert np.isnan(one.standard_error).all() and (exact.standard_error == 0).all()
+
+
+@pytest.mark.parametrize("method", ["adams", "tsit5", "dopri8", "heun"])
+@pytest.mark.parametrize("num_steps", [None, 12])
+def test_evaluations_are_counted(method, num_steps):
+    """At the score function, for a single example."""
+    oracle, sde, calls = mixture(), SDES["vp"], []
+    exact = oracle.score_fn(sde)
+
+    def score_fn(x, t):
+        jax.debug.callback(lambda: calls.append(1))
+        return exact(x, t)
+
+    x, tolerance = oracle.sample(jax.random.key(1), 1), 1e-2
+    out = sd.log_likelihood(
+        score_fn, sde, None, x, trace="exact", method=method, num_steps=num_steps, rtol=tolerance, atol=tolerance, details=True
+    )
+    jax.block_until_ready(out)
+    jax.effects_barrier()
+    assert out.evaluations[0] == len(calls)
+
+
+def test_a_fixed_grid_converges():
+    """At order 3 at least, up to Adams's start; from grids by name and from arrays."""
+    oracle, sde = mixture(), WIDE["vp"]
+    x = oracle.sample(jax.random.key(10), 8)
+    options = {"trace": "exact", "details": True}
+    expected = oracle.log_prob(x, sde, sde.t_min)
+    errors = []
+    for num_steps in (25, 100):
+        out = sd.log_likelihood(oracle.score_fn(sde), sde, None, x, num_steps=num_steps, **options)
+        assert (out.evaluations == num_steps + 5).all()
+        errors.append(np.abs(out.log_prob - expected).max())
+    assert errors[1] < 5e-3 and errors[1] < errors[0] / 8
+    by_array = sd.log_likelihood(oracle.score_fn(sde), sde, None, x, grid=sd.time_grid(sde, 100), **options)
+    np.testing.assert_allclose(by_array.log_prob, out.log_prob, atol=1e-4)
+    runge_kutta = sd.log_likelihood(oracle.score_fn(sde), sde, None, x, num_steps=25, method="tsit5", **options)
+    np.testing.assert_allclose(runge_kutta.log_prob, expected, atol=5e-3)
+
+
+def test_a_schedule_whose_data_lives_at_time_zero():
+    oracle, sde = mixture(), sd.LinearLogSNR(log_snr_max=8.0, log_snr_min=-10.0)
+    x = oracle.sample(jax.random.key(1), 8)
+    got = sd.log_likelihood(oracle.score_fn(sde), sde, None, x, trace="exact")
+    np.testing.assert_allclose(got, oracle.log_prob(x, sde, 0.0), atol=5e-3)
+
+
+def test_a_network_with_its_own_backward_pass():
+    """It has no forward mode."""
+    oracle, sde = mixture(), SDES["vp"]
+    exact = oracle.score_fn(sde)
+    custom = jax.custom_vjp(exact)
+    custom.defvjp(lambda x, t: (exact(x, t), (x, t)), lambda kept, g: (jax.vjp(lambda x: exact(x, kept[1]), kept[0])[1](g)[0], None))
+    x = oracle.sample(jax.random.key(1), 3)
+    options = {"trace": "exact", "num_steps": 8, "sigma_data": 1.0}
+    got = sd.log_likelihood(lambda x, t: custom(x, t), sde, None, x, **options)
+    np.testing.assert_allclose(got, sd.log_likelihood(lambda x, t: exact(x, t), sde, None, x, **options), atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["vp", "ve"])
+def test_there_and_back_again(name):
+    """Encoding and decoding at tolerance 1e-5 return the data within 1e-3 of its scale."""
+    oracle, sde = mixture(), SDES[name]
+    x = oracle.sample(jax.random.key(1), 16)
+    latent = sd.encode(oracle.score_fn(sde), sde, x, rtol=1e-5, atol=1e-5)
+    back = sd.sample_adaptive(
+        oracle.score_fn(sde), sde, jax.random.key(0), x.shape, init=latent, denoise=False, rtol=1e-5, atol=1e-5
+    )
+    error = float(np.sqrt(np.mean((back.samples - x) ** 2)))
+    print(f"{name}: round-trip error {error:.2g}")
+    assert error < 1e-3
+
+
+def test_the_latent_is_that_of_the_likelihood_and_of_the_prior():
+    """Standard normal, where the marginal at t_max is: mean and covariance of 500 within 4.5 standard errors."""
+    oracle, sde = mixture(), WIDE["vp"]
+    x = oracle.sample(jax.random.key(1), 500)
+    latent = sd.encode(oracle.score_fn(sde), sde, x)
+    assert np.abs(moment_z_scores(latent, np.zeros(2), np.eye(2))).max() < 4.5
+    details = sd.log_likelihood(oracle.score_fn(sde), sde, None, x, trace="exact", details=True)
+    np.testing.assert_allclose(latent, details.latent, atol=2e-3)
+
+
+def test_slerp():
+    a, b = (jax.random.normal(jax.random.key(i), (5, 8, 8, 3)) for i in (0, 1))
+    np.testing.assert_array_equal(sd.slerp(a, b, 0.0), a)
+    np.testing.assert_array_equal(sd.slerp(a, b, 1.0), b)
+    fractions = jnp.linspace(0.0, 1.0, 5)
+
+    def norm(x):
+        return np.linalg.norm(np.asarray(x).reshape(5, -1), axis=1)
+
+    middle = norm(sd.slerp(a, b, fractions))
+    # Between the two norms, up to the angle's departure from a right one and the curvature of their difference.
+    assert (middle > 0.98 * np.minimum(norm(a), norm(b))).all() and (middle < 1.02 * np.maximum(norm(a), norm(b))).all()
+    # On a sphere exactly: equal norms stay, angles are proportional to the fraction.
+    b = b * expand(norm(a) / norm(b), b)
+    between = sd.slerp(a, b, fractions)
+    np.testing.assert_allclose(norm(between), norm(a), rtol=1e-5)
+    cosine = lambda x, y: (np.asarray(x) * np.asarray(y)).reshape(5, -1).sum(1) / norm(x) / norm(y)
+    np.testing.assert_allclose(np.arccos(cosine(a, between)[1:]), (fractions * np.arccos(cosine(a, b)))[1:], rtol=1e-3)
+    np.testing.assert_allclose(sd.slerp(a, a, 0.3), a, rtol=1e-6)
+    with pytest.raises(ValueError, match="make them equal"):
+        sd.slerp(a, b[:, :4], 0.5)
