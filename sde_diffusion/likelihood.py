@@ -236,7 +236,8 @@ def _linearize(fn, u):
     """fn(u) and a function of v for v^T J v: forward mode costs least; a network with a custom backward pass knows reverse only."""
     try:
         value, product = jax.linearize(fn, u)
-        jax.eval_shape(product, u)
+        # JAX says so where the product is batched or compiled, not before.
+        jax.eval_shape(jax.vmap(product), u[None])
         return value, product
     except TypeError as error:
         if "custom_vjp" not in str(error):

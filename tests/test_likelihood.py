@@ -317,9 +317,12 @@ def test_a_network_with_its_own_backward_pass():
     custom = jax.custom_vjp(exact)
     custom.defvjp(lambda x, t: (exact(x, t), (x, t)), lambda kept, g: (jax.vjp(lambda x: exact(x, kept[1]), kept[0])[1](g)[0], None))
     x = oracle.sample(jax.random.key(1), 3)
-    options = {"trace": "exact", "num_steps": 8, "sigma_data": 1.0}
-    got = sd.log_likelihood(lambda x, t: custom(x, t), sde, None, x, **options)
-    np.testing.assert_allclose(got, sd.log_likelihood(lambda x, t: exact(x, t), sde, None, x, **options), atol=1e-4)
+    for trace in ("exact", "hutchinson"):
+        got, expected = (
+            sd.log_likelihood(lambda x, t: fn(x, t), sde, jax.random.key(0), x, trace=trace, num_steps=8, sigma_data=1.0)
+            for fn in (custom, exact)
+        )
+        np.testing.assert_allclose(got, expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["vp", "ve"])
