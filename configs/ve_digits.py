@@ -21,5 +21,5 @@ def get_config():
         optim=dict(lr=1e-3, warmup_steps=200, grad_clip=1.0, ema_decay=0.998),
         train=dict(batch_size=64, num_steps=2500, log_every=50, sample_every=500, checkpoint_every=500),
         sample=dict(num=300, batch_size=100, num_steps=15),
-        eval=dict(batch_size=297, rtol=1e-2, atol=1e-2, gaussian_mixture=True),
+        eval=dict(batch_size=297, gaussian_mixture=True),
     )

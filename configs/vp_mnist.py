@@ -25,5 +25,5 @@ def get_config():
             batch_size=128, num_steps=50_000, log_every=50, sample_every=1000, checkpoint_every=1000
         ),
         sample=dict(num=1024, batch_size=256, num_steps=20),
-        eval=dict(batch_size=256, rtol=1e-2, atol=1e-2, t_end=1e-5),
+        eval=dict(batch_size=256, t_end=1e-5),
     )
