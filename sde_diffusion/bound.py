@@ -41,7 +41,8 @@ def variational_bound(
     values: Values = None,
     num_steps: int | None = None,
     times="log_snr",
-) -> Bound:
+    return_times: bool = False,
+):
     """An unbiased estimate of the variational bound, of one time and two draws of noise an example.
 
     The latent variables are z_t for t from t_train to t_max. The decoder p(x | z) at t_train is that of VDM: for values on a
@@ -55,7 +56,8 @@ def variational_bound(
       times: how t is drawn in continuous time, see `sample_times`.
 
     Returns:
-      The terms, `(B,)` each. -log p is of the discrete level with values, else of the density of x0.
+      The terms, `(B,)` each; with `return_times` also the times `(B,)`. -log p is of the discrete level with values, else of
+      the density of x0.
 
     Raises:
       ValueError: integer data, num_steps < 1, values that do not increase, or a log-SNR at t_train too low to tell them apart.
@@ -75,11 +77,9 @@ def variational_bound(
         t = grid[end]
         # The clip is for zero terminal SNR, as everywhere.
         weight = 0.5 * num_steps * jnp.expm1(sde.log_snr(grid[end - 1]) - jnp.maximum(sde.log_snr(t), -20.0))
-    return Bound(
-        prior_term(sde, x0),
-        weight * noise_error(score_fn, sde, key_eps, x0, t),
-        reconstruction_term(sde, key_decoder, x0, values),
-    )
+    diffusion = weight * noise_error(score_fn, sde, key_eps, x0, t)
+    bound = Bound(prior_term(sde, x0), diffusion, reconstruction_term(sde, key_decoder, x0, values))
+    return (bound, t) if return_times else bound
 
 
 def prior_term(sde: SDE, x0: Float[Array, "b ..."]) -> Float[Array, " b"]:
@@ -140,7 +140,7 @@ def bound_gradients(
 
     Args:
       make_score: (params, sde) -> score_fn.
-      sde: variance preserving; its leaves log_snr_max and log_snr_min, and `network` if it has one, are learned.
+      sde: `LinearLogSNR` or `MonotoneLogSNR`; its leaves log_snr_max and log_snr_min, and `network` if it has one, are learned.
       x0, values: as in `variational_bound`.
 
     Returns:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict, config_dict
 
 from sde_diffusion import models
+from sde_diffusion.bound import variational_bound
 from sde_diffusion.losses import dsm_loss, weighted_loss
 from sde_diffusion.prediction import NOISE_LABELS, PREDICTIONS, as_score, lookup
 from sde_diffusion.samplers import LearnedSolver, sample_ode, sample_pc, sample_sde
@@ -57,7 +58,7 @@ def defaults() -> dict[str, Any]:
         "loss": {
             "name": "weighted",  # weighted (1/2 w(lambda) (-dlambda/dt) |eps - eps_hat|^2), dsm, or bound (VDM's, of the levels)
             "weight": "elbo",  # weighted: see sd.weights(); dsm: sigma2 or likelihood; bound: elbo
-            "times": "log_snr",  # how times are drawn: uniform, log_snr, or adaptive (where the running loss is large; not of bound)
+            "times": "log_snr",  # how times are drawn: uniform, log_snr, or adaptive (where the running loss is large)
             "learn_schedule": False,  # of bound: the log-SNR is learned as well (sde linear_log_snr or monotone_log_snr)
         },
         "optim": {
@@ -219,8 +220,8 @@ def validate(config: ConfigDict) -> None:
     lookup(lookup(losses, config.loss.name, "loss.name"), config.loss.weight, f"weight of the {config.loss.name} loss")
     lookup({"uniform": 0, "log_snr": 0, "adaptive": 0}, config.loss.times, "loss.times")
     check(
-        config.loss.times != "adaptive" or config.loss.name != "bound",
-        "loss.times='adaptive' needs loss.name='weighted' or 'dsm'; of loss.name='bound' a learned schedule does the same",
+        config.loss.times != "adaptive" or not config.loss.learn_schedule,
+        "loss.times='adaptive' and loss.learn_schedule=True do the same for the variance: use one of the two",
     )
     check(
         not config.loss.learn_schedule or config.loss.name == "bound" and isinstance(sde, BetweenEnds),
@@ -321,12 +322,22 @@ def build_score(config: ConfigDict, params, labels=None, sde=None, **apply_optio
     return as_score(network, sde, **_prediction_options(config))
 
 
-def build_loss(config: ConfigDict, times=None):
-    """The loss of the config: (score_fn, sde, key, x0) -> (loss (B,), times (B,)); times: in place of the config's."""
+def build_loss(config: ConfigDict, values=None, times=None):
+    """The loss of the config: (score_fn, sde, key, x0) -> (loss (B,), times (B,)).
+
+    values: of the levels, for the bound; times: in place of the config's.
+    """
     options = {"times": config.loss.times if times is None else times, "return_times": True}
-    if config.loss.name == "dsm":
-        return jax.tree_util.Partial(lambda *a: dsm_loss(*a, weighting=config.loss.weight, **options))
-    return jax.tree_util.Partial(lambda *a: weighted_loss(*a, weight=config.loss.weight, **options))
+
+    def loss(*arguments):
+        if config.loss.name == "bound":
+            bound, t = variational_bound(*arguments, values=values, **options)
+            return bound.total, t
+        if config.loss.name == "dsm":
+            return dsm_loss(*arguments, weighting=config.loss.weight, **options)
+        return weighted_loss(*arguments, weight=config.loss.weight, **options)
+
+    return loss
 
 
 def build_sampler(config: ConfigDict):

@@ -90,7 +90,8 @@ def make_gradients(config: ConfigDict, scaler: data.Scaler):
     values = scaler.values()
 
     def from_loss(params, times, key, x0, labels, options):
-        sde, loss_fn = configs.build_sde(config), configs.build_loss(config, times or None)
+        sde = configs.build_sde(config)
+        loss_fn = configs.build_loss(config, values, times or None)
 
         def objective(params):
             losses, t = loss_fn(configs.build_score(config, params, labels, **options), sde, key, x0)
@@ -99,18 +100,15 @@ def make_gradients(config: ConfigDict, scaler: data.Scaler):
         (_, (losses, t)), grads = jax.value_and_grad(objective, has_aux=True)(params)
         return losses, t, grads
 
-    def from_bound(params, _, key, x0, labels, options):
-        network, sde = (params.network, configs.build_sde(config, params)) if config.loss.learn_schedule else (params, configs.build_sde(config))
-
+    def with_schedule(params, _, key, x0, labels, options):
         def make_score(network, sde):
             return configs.build_score(config, network, labels, sde, **options)
 
-        terms, t, by_network, by_sde = bound_gradients(make_score, network, sde, key, x0, values)
-        if not config.loss.learn_schedule:
-            return terms.total, t, by_network
+        sde = configs.build_sde(config, params)
+        terms, t, by_network, by_sde = bound_gradients(make_score, params.network, sde, key, x0, values)
         return terms.total, t, configs.Learned(by_network, configs.learned_leaves(by_sde))
 
-    return from_bound if config.loss.name == "bound" else from_loss
+    return with_schedule if config.loss.learn_schedule else from_loss
 
 
 def make_update(config: ConfigDict, scaler: data.Scaler):

@@ -203,6 +203,19 @@ def test_a_learned_schedule_trains_and_resumes(tmp_path, digits):
     assert not list((tmp_path / "through").glob("*.partial.npz"))
 
 
+@pytest.mark.parametrize("name", ["ve", "cosine"])
+def test_the_bound_trains_on_any_process(name, digits):
+    """Without a learned schedule the loss is `variational_bound` of the process itself, variance preserving or not."""
+    config = tiny(sde=dict(name=name), loss=dict(name="bound"), eval=dict(ode=False, bound_draws=2))
+    scaler = data.Scaler(17)
+    params = train.init_state(config, digits.event_shape).params
+    x0, key = scaler.encode(digits.train[:16]), jax.random.key(1)
+    losses, t, grads = train.make_gradients(config, scaler)(params, (), key, x0, None, {})
+    bound = sd.variational_bound(configs.build_score(config, params), configs.build_sde(config), key, x0, values=scaler.values())
+    np.testing.assert_allclose(losses, bound.total, rtol=1e-5)
+    assert t.shape == (16,) and all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
+
+
 def test_a_schedule_that_cannot_tell_levels_apart_is_refused(digits):
     with pytest.raises(ValueError, match="is 2,.*raise log_snr_max"):
         train.prepare(vdm(sde=dict(name="linear_log_snr", log_snr_max=2.0)), digits)
