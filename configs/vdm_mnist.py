@@ -1,6 +1,8 @@
 """VDM on MNIST, small: the variational bound of the 256 grey levels, with a learned log-SNR (arXiv:2107.00630).
 
     python -m sde_diffusion.main --config=configs/vdm_mnist.py --workdir=runs/vdm_mnist
+
+No figure of a whole run has been measured yet.
 """
 
 from sde_diffusion.config import experiment
