@@ -20,5 +20,5 @@ def get_config():
         optim=dict(lr=1e-3, warmup_steps=200, ema_decay=0.999),
         train=dict(batch_size=64, num_steps=8000, log_every=50, sample_every=1000, checkpoint_every=500),
         sample=dict(num=1024, batch_size=256, num_steps=20),
-        eval=dict(batch_size=250, ode=False, bound_draws=4),
+        eval=dict(batch_size=100, ode=False, bound_draws=4),
     )

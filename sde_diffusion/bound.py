@@ -14,7 +14,7 @@ from sde_diffusion.losses import check_floats, noise_error
 from sde_diffusion.prediction import check_process
 from sde_diffusion.schedules import Tangent
 from sde_diffusion.sde import SDE, check, known
-from sde_diffusion.times import low_discrepancy, sample_times
+from sde_diffusion.times import LOWEST_LOG_SNR, low_discrepancy, sample_times
 
 Values = Float[Array, " levels"] | Float[np.ndarray, " levels"] | None
 
@@ -76,7 +76,7 @@ def variational_bound(
         end = 1 + jnp.minimum((low_discrepancy(key_t, x0.shape[0], dtype) * num_steps).astype(int), num_steps - 1)
         t = grid[end]
         # The clip is for zero terminal SNR, as everywhere.
-        weight = 0.5 * num_steps * jnp.expm1(sde.log_snr(grid[end - 1]) - jnp.maximum(sde.log_snr(t), -20.0))
+        weight = 0.5 * num_steps * jnp.expm1(sde.log_snr(grid[end - 1]) - jnp.maximum(sde.log_snr(t), LOWEST_LOG_SNR))
     diffusion = weight * noise_error(score_fn, sde, key_eps, x0, t)
     bound = Bound(prior_term(sde, x0), diffusion, reconstruction_term(sde, key_decoder, x0, values))
     return (bound, t) if return_times else bound

@@ -207,7 +207,7 @@ def _read_partial(path: Path | None) -> list[np.ndarray]:
     try:
         with np.load(path, allow_pickle=False) as file:
             return [file["values"]]
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
         return []
 
 

@@ -11,10 +11,10 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from sde_diffusion.prediction import as_pytree, check_process, lookup, predict
 from sde_diffusion.samplers.grid import check_t_end, resolve_grid
 from sde_diffusion.samplers.multistep import adams
+from sde_diffusion.score_matching import PROBES
 from sde_diffusion.sde import SDE, Number, Times, check, expand
-from sde_diffusion.times import terminal_log_snr
+from sde_diffusion.times import LOWEST_LOG_SNR, terminal_log_snr
 
-PROBES = {"rademacher": jax.random.rademacher, "gaussian": jax.random.normal}
 # Evaluations before the first step, and of each step that is tried.
 METHODS = {"adams": (1, 1), "tsit5": (1, 6), "dopri8": (1, 13), "heun": (0, 2)}
 
@@ -50,8 +50,9 @@ def log_likelihood(
     """log p(x) in nats, `(B,)`: the density that the probability-flow ODE from t_max to t_end transports the prior to.
 
     Integrates x / c, c^2 = alpha^2 sigma_data^2 + sigma^2, and the divergence over theta = arctan(sigma / (alpha sigma_data)), in which
-    the flow is smooth and of finite length even at zero SNR, with step-size control per example: an example's value does not depend on its neighbours. With num_steps or a grid, on fixed times instead: the cost is known in
-    advance, the error is not. Computed in x's precision, with matrix products in full float32 precision.
+    the flow is smooth and of finite length even at zero SNR, with step-size control per example: an example's value does
+    not depend on its neighbours. With num_steps or a grid, on fixed times instead: the cost is known in advance, the error
+    is not. Computed in x's precision, with matrix products in full float32 precision.
 
     Args:
       score_fn: `(x (B, *event), t (B,)) -> (B, *event)`.
@@ -213,7 +214,7 @@ def _solve(score_fn, sde, x, probes, t_end, times, rtol, atol, s, *, method, max
     start, stop = angle(first), angle(last)
     nodes = None
     if times is not None:
-        nodes = angle(jnp.maximum(sde.log_snr(times[::-1]), -20.0)).at[0].set(start).at[-1].set(stop)
+        nodes = angle(jnp.maximum(sde.log_snr(times[::-1]), LOWEST_LOG_SNR)).at[0].set(start).at[-1].set(stop)
     begin, end = scale(first, t_end), scale(last, sde.time(last))
     u = x / begin
     if method == "adams":

@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from sde_diffusion.times import terminal_log_snr
 from sde_diffusion.prediction import as_pytree, check_process, lookup, predict
 from sde_diffusion.samplers.grid import check_t_end
 from sde_diffusion.sde import SDE, Number, check
+from sde_diffusion.times import terminal_log_snr
 
 # Evaluations before the first step, and of each step that is tried.
 ODE_METHODS = {"tsit5": (1, 6), "dopri5": (1, 6), "dopri8": (1, 13), "heun": (0, 2)}

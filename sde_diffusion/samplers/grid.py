@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from sde_diffusion.times import terminal_log_snr
 from sde_diffusion.prediction import lookup
 from sde_diffusion.sde import SDE, Number, check, known
+from sde_diffusion.times import terminal_log_snr
 
 
 def _uniform(sde, t0, t1, u, s):

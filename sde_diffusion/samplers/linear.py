@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from sde_diffusion.times import terminal_log_snr
 from sde_diffusion.prediction import predict
 from sde_diffusion.sde import SDE, Number, pytree_dataclass
+from sde_diffusion.times import terminal_log_snr
 
 # An array of floats; under a JAX transformation, whatever leaf JAX puts in its place.
 Leaf = Any
