@@ -16,7 +16,7 @@ from ml_collections import ConfigDict, config_dict
 from sde_diffusion import models
 from sde_diffusion.bound import variational_bound
 from sde_diffusion.losses import dsm_loss, weighted_loss
-from sde_diffusion.prediction import NOISE_LABELS, PREDICTIONS, as_score, lookup
+from sde_diffusion.prediction import as_score, lookup
 from sde_diffusion.samplers import LearnedSolver, sample_ode, sample_pc, sample_sde
 from sde_diffusion.samplers import ode, pc, sde as reverse
 from sde_diffusion.samplers.grid import GRIDS, check_t_end
