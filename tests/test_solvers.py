@@ -210,9 +210,9 @@ def test_adaptive_steps_are_each_examples_own():
 
 @pytest.mark.parametrize("name", ["vp", "ve"])
 def test_the_adaptive_sde_recovers_the_mixture(name):
-    """Within 4 standard errors of 2048 samples."""
+    """Within 4 standard errors of 512 samples."""
     sde, oracle = SDES[name], mixture()
-    out = sd.sample_adaptive(oracle.score_fn(sde), sde, jax.random.key(3), (2048, 2), noise_level=1.0, rtol=1e-2, atol=1e-2)
+    out = sd.sample_adaptive(oracle.score_fn(sde), sde, jax.random.key(3), (512, 2), noise_level=1.0, rtol=1e-2, atol=1e-2)
     assert out.success.all()
     assert np.abs(moment_z_scores(out.samples, oracle.mean(), oracle.covariance())).max() < 4
 
