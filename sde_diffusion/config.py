@@ -72,6 +72,8 @@ def defaults() -> dict[str, Any]:
         },
         "train": {
             "batch_size": 128,  # global: all devices and hosts together
+            "accumulate": 1,  # parts of the batch, one after the other: less memory for activations
+            "param_shards": 1,  # devices over which parameters, optimizer and average are split; 1: all hold them whole
             "num_steps": 1000,
             "log_every": 50,
             "sample_every": 1000,
@@ -113,7 +115,7 @@ def defaults() -> dict[str, Any]:
 
 # A run may go on with other values of these; every other key is part of what its checkpoints mean.
 FREE = ("sample", "eval", "train.num_steps", "train.log_every", "train.sample_every", "train.checkpoint_every",
-        "train.keep_checkpoints", "train.max_bad_steps", "data.data_dir")  # fmt: skip
+        "train.keep_checkpoints", "train.max_bad_steps", "train.param_shards", "data.data_dir")  # fmt: skip
 
 
 def _options(cls) -> dict[str, Any]:
@@ -237,7 +239,7 @@ def validate(config: ConfigDict) -> None:
     check_t_end(sde, config.sample.t_end)
     check_t_end(sde, config.eval.t_end)
     for key in ("train.batch_size", "train.num_steps", "train.log_every", "train.sample_every", "train.checkpoint_every",
-                "train.keep_checkpoints", "train.max_bad_steps", "sample.num_steps", "sample.num", "sample.batch_size",
+                "train.keep_checkpoints", "train.max_bad_steps", "train.accumulate", "train.param_shards", "sample.num_steps", "sample.num", "sample.batch_size",
                 "eval.batch_size", "eval.num_probes"):  # fmt: skip
         section, name = key.split(".")
         value = config[section][name]
@@ -311,14 +313,17 @@ def build_model(config: ConfigDict):
     return models.build(config.model.name, **_model_options(config))
 
 
-def build_score(config: ConfigDict, params, labels=None, sde=None, **apply_options):
+def build_score(config: ConfigDict, params, labels=None, dropout_keys=None, *, sde=None, distribute=None):
     """The score function of the config's network with the given parameters; a conditional one takes labels, or none.
 
-    sde: the process in place of the config's.
+    dropout_keys: in training, a key an example `(B,)`. sde: the process in place of the config's. distribute: how the
+    network is applied on several devices, see `sharding.fully_sharded` and its neighbours.
     """
     sde = build_sde(config, params) if sde is None else sde
     weights = params.network if isinstance(params, Learned) else params
-    network = jax.tree_util.Partial(build_model(config).apply, {"params": weights}, labels=labels, **apply_options)
+    apply = build_model(config).apply
+    apply = apply if distribute is None else distribute(apply)
+    network = jax.tree_util.Partial(apply, {"params": weights}, labels=labels, dropout_keys=dropout_keys)
     return as_score(network, sde, **_prediction_options(config))
 
 

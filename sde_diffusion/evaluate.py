@@ -43,13 +43,13 @@ def load_run(workdir: str | Path) -> Run:
 
     path = Path(workdir).expanduser().absolute()
     with Checkpoints(path, read_only=True) as checkpoints:
-        step = checkpoints.latest_step()
-        if step is None or not (path / "config.json").exists():
+        if checkpoints.latest_step() is None or not (path / "config.json").exists():
             raise ValueError(f"no trained run in {path}; python -m sde_diffusion.main --workdir={workdir} makes one")
         config = configs.load(path / "config.json")
         dataset = data.load(**configs.data_options(config), in_memory=False)
-        _, scaler, abstract = train.prepare(config, dataset)
-        params = checkpoints.restore(abstract, step).ema
+        _, scaler, abstract = train.prepare(config, dataset, sharding.make_mesh())
+        step, state = checkpoints.restore(abstract)
+        params = state.ema
     score_fn = configs.build_score(config, params)
     return Run(score_fn, configs.build_sde(config, params), dataset.event_shape, scaler, step, config)
 
@@ -66,7 +66,7 @@ def make_sampler(config: ConfigDict, mesh, event_shape: tuple[int, ...]):
 
     @jax.jit
     def draw_batch(params, key):
-        x = sampler(configs.build_score(config, params, labels), key, (batch, *event_shape))
+        x = sampler(configs.build_score(config, params, labels, distribute=sharding.with_gathered(mesh)), key, (batch, *event_shape))
         return jax.lax.with_sharding_constraint(x, sharding.by_batch(mesh))
 
     def draw(params, num: int, seed: int) -> np.ndarray:
@@ -133,7 +133,7 @@ def bits_per_dim(config: ConfigDict, params, mesh, scaler: data.Scaler, examples
     def log_prob(params, key, levels):
         key_x, key_probe = jax.random.split(key)
         return log_likelihood(
-            configs.build_score(config, params), configs.build_sde(config, params), key_probe,
+            configs.build_score(config, params, distribute=sharding.with_gathered(mesh)), configs.build_sde(config, params), key_probe,
             scaler.dequantize(key_x, levels)[None], trace=c.trace, num_probes=c.num_probes, rtol=c.rtol, atol=c.atol,
             t_end=c.t_end,
         )[0]  # fmt: skip
@@ -159,7 +159,8 @@ def bound_bits_per_dim(
     def terms(params, key, levels):
         draws = jnp.broadcast_to(scaler.encode(levels), (config.eval.bound_draws, *levels.shape))
         bound = variational_bound(
-            configs.build_score(config, params), configs.build_sde(config, params), key, draws, values=scaler.values()
+            configs.build_score(config, params, distribute=sharding.with_gathered(mesh)), configs.build_sde(config, params), key,
+            draws, values=scaler.values(),
         )
         return jnp.stack(bound).mean(axis=1)
 

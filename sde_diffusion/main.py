@@ -1,5 +1,6 @@
 """The entry point: python -m sde_diffusion.main --config=configs/vp_digits.py --workdir=DIR --mode=train|eval|sample|fit_solver."""
 
+import contextlib
 import os
 import runpy
 import sys
@@ -18,6 +19,10 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: config, chec
 _MODE = flags.DEFINE_enum(
     "mode", "train", ["train", "eval", "sample", "fit_solver"],
     "What to do; train ends with eval, which samples too; fit_solver fits a solver of sample.num_steps evaluations.",
+)
+
+_DISTRIBUTED = flags.DEFINE_boolean(
+    "distributed", False, "One process of several, on one host or more. Slurm's steps and JAX_COORDINATOR_ADDRESS switch it on."
 )
 
 
@@ -104,6 +109,25 @@ def _check_writable(workdir: Path) -> None:
         raise PermissionError(f"{there} cannot be written to; name another --workdir")
 
 
+def _join_processes() -> None:
+    """Where a launcher or the flag says so, meets the other processes of the run, by JAX's distributed runtime.
+
+    JAX finds the others by itself under Slurm and on TPU pods; elsewhere JAX_COORDINATOR_ADDRESS (host:port of process 0),
+    JAX_NUM_PROCESSES and JAX_PROCESS_ID name them.
+    """
+    import jax
+
+    steps = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
+    if not (_DISTRIBUTED.value or steps > 1 or "JAX_COORDINATOR_ADDRESS" in os.environ):
+        return
+    try:
+        count, number = (int(os.environ[k]) if k in os.environ else None for k in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"))
+        jax.distributed.initialize(num_processes=count, process_id=number)
+    except (RuntimeError, ValueError, TypeError) as error:
+        _fail(f"the processes of this run did not meet ({' '.join(str(error).split())}); set JAX_COORDINATOR_ADDRESS=HOST:PORT of "
+              "process 0, JAX_NUM_PROCESSES and JAX_PROCESS_ID, or drop --distributed")  # fmt: skip
+
+
 def main(_):
     """Sets the run up, with one line for each thing that can be wrong, then hands over to train, evaluate or sample."""
     if not _WORKDIR.value:
@@ -120,9 +144,12 @@ def main(_):
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(cache / "sde_diffusion" / "jax"))
 
+    _join_processes()
+
     from sde_diffusion import config as configs
-    from sde_diffusion import data, evaluate, train
+    from sde_diffusion import data, train
     from sde_diffusion.checkpoint import Checkpoints
+    from sde_diffusion.survival import Signals, Stopped, locked
 
     try:
         config = _CONFIG.value
@@ -148,31 +175,42 @@ def main(_):
         _fail(" ".join(str(error).split()))
 
     try:
-        if _MODE.value == "train":
-            workdir.mkdir(parents=True, exist_ok=True)
-            if jax.process_index() == 0:
-                temporary = workdir / "config.json.tmp"
-                temporary.write_text(configs.to_json(config))
-                temporary.replace(saved)
-            state = train.train(config, workdir, dataset)
-            step, params = int(state.step), state.ema
-        else:
-            with Checkpoints(workdir, read_only=True) as checkpoints:
-                params = checkpoints.restore(abstract, step).ema
-
-        if _MODE.value == "fit_solver":
-            evaluate.fit_solver(config, workdir, params, dataset.event_shape)
-        elif _MODE.value == "sample":
-            samples = evaluate.make_sampler(config, mesh, dataset.event_shape)(params, config.sample.num, config.sample.seed)
-            if jax.process_index() == 0:
-                evaluate.write_samples(config, workdir, samples, step, dataset, scaler)
-        else:
-            evaluate.evaluate(config, workdir, params, step, dataset, mesh, scaler)
+        with contextlib.ExitStack() as stack:
+            signals = stack.enter_context(Signals())
+            if _MODE.value == "train":
+                workdir.mkdir(parents=True, exist_ok=True)
+                if jax.process_index() == 0:
+                    stack.enter_context(locked(workdir))
+                    temporary = workdir / "config.json.tmp"
+                    temporary.write_text(configs.to_json(config))
+                    temporary.replace(saved)
+                state = train.train(config, workdir, dataset, signals)
+                step = int(state.step)
+            else:
+                with Checkpoints(workdir, read_only=True) as checkpoints:
+                    step, state = checkpoints.restore(abstract)
+            _use(state.ema, step, config, workdir, dataset, mesh, scaler)
     except (FloatingPointError, OSError) as error:
         _fail(" ".join(str(error).split()))
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
-        raise SystemExit(130) from None
+    except Stopped as stop:
+        print(f"stopped by {stop}; the same command goes on from the last checkpoint in {workdir}", file=sys.stderr)
+        raise SystemExit(stop.code) from None
+
+
+def _use(params, step, config, workdir, dataset, mesh, scaler) -> None:
+    """What comes after training, or in its place."""
+    import jax
+
+    from sde_diffusion import evaluate
+
+    if _MODE.value == "fit_solver":
+        evaluate.fit_solver(config, workdir, params, dataset.event_shape)
+    elif _MODE.value == "sample":
+        samples = evaluate.make_sampler(config, mesh, dataset.event_shape)(params, config.sample.num, config.sample.seed)
+        if jax.process_index() == 0:
+            evaluate.write_samples(config, workdir, samples, step, dataset, scaler)
+    else:
+        evaluate.evaluate(config, workdir, params, step, dataset, mesh, scaler)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from sde_diffusion import data, evaluate, report, sharding
 from sde_diffusion.bound import bound_gradients, check_values
 from sde_diffusion.checkpoint import Checkpoints, like
 from sde_diffusion.sde import check
+from sde_diffusion.survival import Signals, Stopped
 from sde_diffusion.times import AdaptiveTimes, terminal_log_snr
 
 NUM_LEVELS = 8  # of the loss per noise level, equal parts of the log-SNR
@@ -35,7 +36,7 @@ class TrainState(NamedTuple):
 
 
 class Totals(NamedTuple):
-    """Sums over the updates since the last line of metrics, on the device."""
+    """Sums over the updates since the last line of metrics, on the device; the losses are those of updates not skipped."""
 
     updates: Any
     skipped: Any
@@ -43,12 +44,13 @@ class Totals(NamedTuple):
     grad_norm: Any
     level_loss: Any  # (NUM_LEVELS,)
     level_count: Any
+    level_bad: Any  # examples whose loss was not finite, (NUM_LEVELS,)
 
 
 def zero_totals() -> Totals:
     """Sums over no updates."""
     zero = np.zeros((), np.float32)
-    return Totals(zero, zero, zero, zero, *np.zeros((2, NUM_LEVELS), np.float32))
+    return Totals(zero, zero, zero, zero, *np.zeros((3, NUM_LEVELS), np.float32))
 
 
 def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
@@ -82,41 +84,60 @@ def log_snr_range(sde):
     return terminal_log_snr(sde), sde.log_snr(jnp.asarray(sde.t_train, float))
 
 
-def make_gradients(config: ConfigDict, scaler: data.Scaler):
-    """The function `(params, times, key, x0, labels, apply_options) -> (losses (B,), times (B,), gradient of their mean)`.
+def make_gradients(config: ConfigDict, scaler: data.Scaler, distribute=None):
+    """The function `(params, times, key, x0, labels, dropout_keys) -> (losses (B,), times (B,), gradient of their mean)`.
 
     Of a learned schedule's interior the gradient is that of the estimator's second moment, see `bound.bound_gradients`.
     """
     values = scaler.values()
 
-    def from_loss(params, times, key, x0, labels, options):
+    def from_loss(params, times, key, x0, labels, dropout_keys):
         sde = configs.build_sde(config)
         loss_fn = configs.build_loss(config, values, times or None)
 
         def objective(params):
-            losses, t = loss_fn(configs.build_score(config, params, labels, **options), sde, key, x0)
+            losses, t = loss_fn(configs.build_score(config, params, labels, dropout_keys, distribute=distribute), sde, key, x0)
             return losses.mean(), (losses, t)
 
         (_, (losses, t)), grads = jax.value_and_grad(objective, has_aux=True)(params)
         return losses, t, grads
 
-    def with_schedule(params, _, key, x0, labels, options):
+    def with_schedule(params, _, key, x0, labels, dropout_keys):
         def make_score(network, sde):
-            return configs.build_score(config, network, labels, sde, **options)
+            return configs.build_score(config, network, labels, dropout_keys, sde=sde, distribute=distribute)
 
         sde = configs.build_sde(config, params)
         terms, t, by_network, by_sde = bound_gradients(make_score, params.network, sde, key, x0, values)
         return terms.total, t, configs.Learned(by_network, configs.learned_leaves(by_sde))
 
-    return with_schedule if config.loss.learn_schedule else from_loss
+    return _accumulate(with_schedule if config.loss.learn_schedule else from_loss, config.train.accumulate)
 
 
-def make_update(config: ConfigDict, scaler: data.Scaler):
+def _accumulate(gradients, parts: int):
+    """`gradients` of a batch in parts, one after the other; every device keeps its own examples."""
+
+    def accumulated(params, times, key, *batch):
+        def part(total, inputs):
+            number, batch = inputs
+            losses, t, grads = gradients(params, times, jax.random.fold_in(key, number), *batch)
+            return jax.tree.map(jnp.add, total, grads), (losses, t)
+
+        split = jax.tree.map(lambda a: jnp.moveaxis(a.reshape(-1, parts, *a.shape[1:]), 1, 0), batch)
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        grads, (losses, t) = jax.lax.scan(part, zeros, (jnp.arange(parts), split))
+        return losses.T.reshape(-1), t.T.reshape(-1), jax.tree.map(lambda g: g / parts, grads)
+
+    return accumulated if parts > 1 else gradients
+
+
+def make_update(config: ConfigDict, scaler: data.Scaler, distribute=None):
     """The update step `(state, totals, batch) -> (state, totals)`: pure, for `jax.jit` over any mesh, or `jax.pmap`.
 
     batch: "x" `(B, *event)` integer levels or vectors, and "label" `(B,)` where the data has labels.
+    distribute: how the network is applied on several devices: `sharding.fully_sharded(mesh)` where parameters are split,
+    `sharding.over_axis(name)` under `jax.pmap(..., axis_name=name, in_axes=(0, 0, None))`.
     """
-    gradients = make_gradients(config, scaler)
+    gradients = make_gradients(config, scaler, distribute)
     optimizer = make_optimizer(config)
     num_classes = config.model.get("num_classes")
 
@@ -132,8 +153,8 @@ def make_update(config: ConfigDict, scaler: data.Scaler):
             drop = jax.random.bernoulli(key_label, config.train.label_dropout, batch["label"].shape)
             labels = jnp.where(drop, num_classes, batch["label"])
 
-        options = {"train": True, "rngs": {"dropout": key_dropout}}
-        losses, t, grads = gradients(state.params, state.times, key_loss, x0, labels, options)
+        dropout_keys = jax.random.split(key_dropout, len(x0)) if config.model.get("dropout") else None
+        losses, t, grads = gradients(state.params, state.times, key_loss, x0, labels, dropout_keys)
         loss, sde = losses.mean(), configs.build_sde(config, state.params)
         grad_norm = optax.global_norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -151,14 +172,15 @@ def make_update(config: ConfigDict, scaler: data.Scaler):
         low, high = log_snr_range(sde)
         place = (sde.log_snr(t) - low) / (high - low)
         level = jnp.clip((place * NUM_LEVELS).astype(int), 0, NUM_LEVELS - 1)
-        member = jax.nn.one_hot(level, NUM_LEVELS) * good
+        member = jax.nn.one_hot(level, NUM_LEVELS)
         totals = Totals(
             updates=totals.updates + good,
             skipped=totals.skipped + ~good,
             loss=totals.loss + jnp.where(good, loss, 0.0),
             grad_norm=totals.grad_norm + jnp.where(good, grad_norm, 0.0),
             level_loss=totals.level_loss + jnp.where(good, losses, 0.0) @ member,
-            level_count=totals.level_count + member.sum(axis=0),
+            level_count=totals.level_count + good * member.sum(axis=0),
+            level_bad=totals.level_bad + ~jnp.isfinite(losses) @ member,
         )
         return TrainState(state.step + 1, params, ema, opt_state, bad_steps, times), totals
 
@@ -175,20 +197,26 @@ def summarize(config: ConfigDict, totals: Totals, params=None) -> dict[str, floa
         "skipped_updates": int(totals.skipped),
     }
     edges = np.linspace(low, high, NUM_LEVELS + 1)
-    for i, (loss, count) in enumerate(zip(totals.level_loss, totals.level_count, strict=True)):
+    for i, (loss, count, bad) in enumerate(zip(totals.level_loss, totals.level_count, totals.level_bad, strict=True)):
+        level = f"by_log_snr/{edges[i]:.1f}..{edges[i + 1]:.1f}"
         if count:
-            out[f"loss_by_log_snr/{edges[i]:.1f}..{edges[i + 1]:.1f}"] = float(loss / count)
+            out[f"loss_{level}"] = float(loss / count)
+        if bad:
+            out[f"non_finite_{level}"] = int(bad)
     return out
 
 
-def prepare(config: ConfigDict, dataset: data.Dataset):
+def prepare(config: ConfigDict, dataset: data.Dataset, mesh=None):
     """What a run needs before its first compilation, checked: mesh, scaler, and the state's shapes on the mesh.
+
+    mesh: in place of the config's, over all devices.
 
     Raises:
       ValueError: a training batch that does not divide over the devices, images that do not fit the network, labels missing.
     """
-    mesh = sharding.make_mesh()
-    sharding.check_batch_size(mesh, config.train.batch_size, "train.batch_size")
+    if mesh is None:
+        mesh = sharding.make_mesh(shards=config.train.param_shards)
+        sharding.check_batch_size(mesh, config.train.batch_size, "train.batch_size", config.train.accumulate)
     check(
         len(dataset.event_shape) == 3 or not config.data.flip,
         f"data.flip=True needs images, but an example of {dataset.name} has shape {dataset.event_shape}",
@@ -201,51 +229,57 @@ def prepare(config: ConfigDict, dataset: data.Dataset):
     if config.loss.name == "bound":
         check_values(configs.build_sde(config), scaler.values())
     abstract = jax.eval_shape(lambda: init_state(config, dataset.event_shape))
-    return mesh, scaler, like(abstract, sharding.replicated(mesh))
+    return mesh, scaler, like(abstract, sharding.layout(mesh, abstract))
 
 
-def train(config: ConfigDict, workdir: Path, dataset: data.Dataset) -> TrainState:
+def train(config: ConfigDict, workdir: Path, dataset: data.Dataset, signals: Signals | None = None) -> TrainState:
     """Trains to `config.train.num_steps`, from the newest checkpoint of workdir where there is one.
 
     Writes checkpoints, metrics (JSON lines and TensorBoard) and sample grids. Returns the final state.
 
+    signals: that end the run at the next step (on several hosts, the next line of metrics), with a checkpoint.
+
     Raises:
-      ValueError: a wrong value, or a workdir that holds checkpoints of another config; nothing has been written then.
+      ValueError: a wrong value; nothing has been written then.
       FloatingPointError: `train.max_bad_steps` non-finite losses in a row.
+      Stopped: a signal; the checkpoint has been written.
     """
     mesh, scaler, abstract = prepare(config, dataset)
+    layout = jax.tree.map(lambda a: a.sharding, abstract)
     num_params = sum(a.size for a in jax.tree.leaves(abstract.params))
     c = config.train
+    main_host = jax.process_index() == 0
+    say = print if main_host else lambda *args, **options: None
 
     with Checkpoints(workdir, c.keep_checkpoints) as checkpoints:
-        start = checkpoints.latest_step()
-        if start is None:
+        if checkpoints.latest_step() is None:
             start = 0
             state = jax.jit(
                 lambda: init_state(config, dataset.event_shape),
-                out_shardings=sharding.replicated(mesh),
+                out_shardings=layout,
                 # It runs once: compiling it with optimization takes longer than many a short run.
                 compiler_options={"xla_backend_optimization_level": 0},
             )()
         else:
-            state = checkpoints.restore(abstract, start)
-        print(
+            start, state = checkpoints.restore(abstract)
+        hosts = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
+        say(
             f"{dataset.name}: {len(dataset.train):,} training and {len(dataset.test):,} held-out examples of shape "
             f"{dataset.event_shape}\n{config.model.name}: {num_params:,} parameters; {config.sde.name} SDE; global batch "
-            f"{c.batch_size} on {mesh.devices.size} {jax.devices()[0].platform} device(s); "
+            f"{c.batch_size} on {mesh.devices.size} {jax.devices()[0].platform} device(s){hosts}; "
             f"steps {start:,} to {c.num_steps:,}",
             flush=True,
         )
         if start < c.num_steps:
-            print("compiling the first step; a U-Net takes about a minute, once ...", flush=True)
+            say("compiling the first step; a U-Net takes about a minute, once ...", flush=True)
         else:
-            print(f"already trained to step {start:,}; raise --config.train.num_steps to go on")
+            say(f"already trained to step {start:,}; raise --config.train.num_steps to go on")
             return state
 
         update = jax.jit(
-            make_update(config, scaler),
-            in_shardings=(sharding.replicated(mesh), sharding.replicated(mesh), sharding.by_batch(mesh)),
-            out_shardings=sharding.replicated(mesh),
+            make_update(config, scaler, sharding.fully_sharded(mesh)),
+            in_shardings=(layout, sharding.replicated(mesh), sharding.by_batch(mesh)),
+            out_shardings=(layout, sharding.replicated(mesh)),
             donate_argnums=(0, 1),
         )
         batches = data.batches(
@@ -254,10 +288,10 @@ def train(config: ConfigDict, workdir: Path, dataset: data.Dataset) -> TrainStat
         fresh_totals = lambda: jax.device_put(zero_totals(), sharding.replicated(mesh))  # noqa: E731
         totals = fresh_totals()
         draw = evaluate.make_sampler(config, mesh, dataset.event_shape)
-        main_host = jax.process_index() == 0
         with (
             (report.Metrics(workdir, resume_step=start) if main_host else contextlib.nullcontext()) as metrics,
             tqdm(total=c.num_steps, initial=start, unit="step", disable=not main_host, file=sys.stderr) as bar,
+            signals.waiting() if signals else contextlib.nullcontext(),
         ):
             ready = None  # totals of a finished interval, read one step later so that the device never waits
             clock = None
@@ -271,7 +305,8 @@ def train(config: ConfigDict, workdir: Path, dataset: data.Dataset) -> TrainStat
                     clock = _log(config, metrics, bar, *ready, clock, state)
                     ready = None
                 done = step + 1
-                last = done == c.num_steps
+                stop = _stop(signals, done % c.log_every == 0)
+                last = done == c.num_steps or stop is not None
                 if done % c.log_every == 0 or last:
                     ready = (done, totals)
                     totals = fresh_totals()
@@ -287,7 +322,21 @@ def train(config: ConfigDict, workdir: Path, dataset: data.Dataset) -> TrainStat
                         picture = workdir / "samples" / f"train_{done:08d}.png"
                         evaluate.save_samples(picture, samples, scaler, dataset, metrics, done)
                     clock = (done, time.perf_counter())
+                if stop is not None:
+                    raise Stopped(stop)
     return state
+
+
+def _stop(signals: Signals | None, now: bool) -> int | None:
+    """The signal to end for, the same on all hosts; several hosts ask each other `now`, or not at all."""
+    received = None if signals is None else signals.received
+    if jax.process_count() == 1:
+        return received
+    if signals is None or not now:
+        return None
+    from jax.experimental import multihost_utils
+
+    return int(multihost_utils.process_allgather(np.int32(received or 0)).max()) or None
 
 
 def _log(config, metrics, bar, step, totals, clock, state):
@@ -304,7 +353,9 @@ def _log(config, metrics, bar, step, totals, clock, state):
     bar.set_postfix_str(f"loss {row['loss']:.4g}")
     if totals.skipped:
         bad = int(state.bad_steps)
-        tqdm.write(f"step {step}: {int(totals.skipped)} update(s) skipped for a non-finite loss or gradient", file=sys.stderr)
+        levels = ", ".join(f"{n} at log-SNR {name.partition('/')[2]}" for name, n in row.items() if name.startswith("non_finite"))
+        where = f" (examples: {levels})" if levels else ""
+        tqdm.write(f"step {step}: {int(totals.skipped)} update(s) skipped for a non-finite loss or gradient{where}", file=sys.stderr)
         if bad >= config.train.max_bad_steps:
             raise FloatingPointError(
                 f"the loss was not finite in {bad} updates in a row up to step {step}: lower optim.lr, or look at the "

@@ -98,10 +98,10 @@ def test_float64_input_gives_float64_output():
 
 def shape_of_gradient(network, shape, labels=None):
     x, c = jnp.zeros(shape), jnp.zeros(shape[:1])
-    rngs = {"dropout": jax.random.key(1)}
+    keys = jax.random.split(jax.random.key(1), len(x))
 
     def loss(params):
-        out = network.apply({"params": params}, x, c, labels, True, rngs=rngs)
+        out = network.apply({"params": params}, x, c, labels, keys)
         assert out.shape == x.shape and out.dtype == jnp.float32
         return jnp.sum(out)
 
@@ -235,7 +235,7 @@ def test_dropout_acts_in_training_alone(network):
 
     @jit
     def dropped(params, key):
-        return network.apply({"params": params}, x, c, train=True, rngs={"dropout": key})
+        return network.apply({"params": params}, x, c, dropout_keys=jax.random.split(key, len(x)))
 
     outputs = [np.asarray(dropped(params, jax.random.key(k))) for k in (0, 0, 1)]
     np.testing.assert_array_equal(outputs[0], outputs[1])

@@ -1,9 +1,10 @@
 """Networks by name.
 
 Every network is called as
-`apply({"params": params}, x, c, labels=None, train=False, rngs={"dropout": key})`:
+`apply({"params": params}, x, c, labels=None, dropout_keys=None)`:
 x `(B, *event)`, c `(B,)` a noise label whose scale the caller picks (t, log sigma, log-SNR),
-labels `(B,)` int or None. It returns an array like x, at least float32.
+labels `(B,)` int or None, dropout_keys `(B,)` in training and None elsewhere: a key an example, so that
+dropout does not depend on how the batch lies on devices. It returns an array like x, at least float32.
 """
 
 from dataclasses import fields

@@ -4,6 +4,7 @@ Convolutions are channels-last. Noise embeddings, norm statistics and the softma
 at least float32 whatever the compute dtype is.
 """
 
+import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Key
 
 from sde_diffusion.prediction import lookup
 
@@ -170,6 +171,26 @@ DOWNSAMPLING = {"plain": mean_pool, "fir": fir_down}
 UPSAMPLING = {"plain": repeat_pixels, "fir": fir_up}
 
 
+class Dropout(nn.Module):
+    """Zeroes a share `rate` of the entries and divides the others by 1 - rate.
+
+    x `(B, ...)`; keys `(B,)`, one an example, or None for x as it is. Each layer makes its own noise of them.
+    """
+
+    rate: float | int
+
+    @nn.compact
+    def __call__(self, x: Array, keys: Key[Array, "..."] | None = None) -> Array:
+        if keys is None or self.rate == 0:
+            return x
+        layer = zlib.crc32("/".join(self.path).encode())
+
+        def mask(key):
+            return jax.random.bernoulli(jax.random.fold_in(key, layer), 1 - self.rate, x.shape[1:])
+
+        return jnp.where(jax.vmap(mask)(keys), x / (1 - self.rate), 0)
+
+
 class ResidualBlock(nn.Module):
     """BigGAN's residual block (arXiv:1809.11096; arXiv:2011.13456 app. H).
 
@@ -187,7 +208,7 @@ class ResidualBlock(nn.Module):
     param_dtype: Any = "float32"
 
     @nn.compact
-    def __call__(self, x: Array, emb: Array, train: bool = False) -> Array:
+    def __call__(self, x: Array, emb: Array, dropout_keys: Key[Array, "..."] | None = None) -> Array:
         types = dict(dtype=jnp.dtype(self.dtype), param_dtype=jnp.dtype(self.param_dtype))
         h = nn.silu(norm(x.shape[-1], **types)(x))
         if self.resample != "none":
@@ -197,7 +218,7 @@ class ResidualBlock(nn.Module):
         shift = nn.Dense(self.features, kernel_init=uniform_init(), **types)(nn.silu(emb))
         h = h + shift[:, None, None, :]
         h = nn.silu(norm(self.features, **types)(h))
-        h = nn.Dropout(self.dropout, deterministic=not train)(h)
+        h = Dropout(self.dropout)(h, dropout_keys)
         h = nn.Conv(self.features, (3, 3), kernel_init=uniform_init(0.0), **types)(h)
         if x.shape[-1] != self.features or self.resample != "none":
             x = nn.Conv(self.features, (1, 1), kernel_init=uniform_init(), **types)(x)

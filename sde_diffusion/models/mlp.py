@@ -5,10 +5,11 @@ from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Key
 
 from sde_diffusion.models.layers import (
     EMBEDDINGS,
+    Dropout,
     NoiseEmbedding,
     check_call,
     uniform_init,
@@ -19,8 +20,8 @@ from sde_diffusion.prediction import lookup
 class MLP(nn.Module):
     """Residual network for vectors `(B, D)`; other events are flattened and restored.
 
-    Call: x `(B, *event)` float, c `(B,)` float noise label, labels `(B,)` int or None, train
-    switches dropout on (needs rngs={"dropout": key}). Returns an array like x, at least float32,
+    Call: x `(B, *event)` float, c `(B,)` float noise label, labels `(B,)` int or None, dropout_keys
+    `(B,)` random keys switch dropout on. Returns an array like x, at least float32,
     zero at initialisation.
 
     width: hidden size. depth: residual blocks of two layers each. embedding, embedding_scale,
@@ -48,7 +49,7 @@ class MLP(nn.Module):
         x: Float[Array, "batch *event"],
         c: Float[Array, "..."],
         labels: Int[Array, "..."] | None = None,
-        train: bool = False,
+        dropout_keys: Key[Array, "..."] | None = None,
     ) -> Float[Array, "batch *event"]:
         check_call(x, c, labels, self.num_classes, "MLP")
         types = dict(dtype=jnp.dtype(self.dtype), param_dtype=jnp.dtype(self.param_dtype))
@@ -66,7 +67,7 @@ class MLP(nn.Module):
         for _ in range(self.depth):
             r = nn.silu(nn.LayerNorm(**types)(h))
             r = nn.Dense(self.width, **types)(r) + nn.Dense(self.width, **types)(nn.silu(emb))
-            r = nn.Dropout(self.dropout, deterministic=not train)(nn.silu(r))
+            r = Dropout(self.dropout)(nn.silu(r), dropout_keys)
             h = h + nn.Dense(self.width, **types)(r)
         h = nn.silu(nn.LayerNorm(**types)(h))
         out = nn.Dense(size, kernel_init=uniform_init(0.0), **types)(h).reshape(x.shape)

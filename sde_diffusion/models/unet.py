@@ -4,7 +4,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Key
 
 from sde_diffusion.models.layers import (
     DOWNSAMPLING,
@@ -25,8 +25,8 @@ PROGRESSIVE_INPUTS = {"none": False, "residual": True}
 class UNet(nn.Module):
     """U-Net for images, channels last (arXiv:2011.13456 app. H; arXiv:2006.11239 app. B).
 
-    Call: x `(B, H, W, C)` float, c `(B,)` float noise label, labels `(B,)` int or None, train
-    switches dropout on (needs rngs={"dropout": key}). Returns an image like x, at least float32,
+    Call: x `(B, H, W, C)` float, c `(B,)` float noise label, labels `(B,)` int or None, dropout_keys
+    `(B,)` random keys switch dropout on. Returns an image like x, at least float32,
     zero at initialisation. H and W are divisible by 2**(len(multipliers) - 1).
 
     channels: width at full resolution. multipliers: the width of each resolution over `channels`,
@@ -74,12 +74,12 @@ class UNet(nn.Module):
         x: Float[Array, "batch *event"],
         c: Float[Array, "..."],
         labels: Int[Array, "..."] | None = None,
-        train: bool = False,
+        dropout_keys: Key[Array, "..."] | None = None,
     ) -> Float[Array, "batch *event"]:
         self._check_image(x)
         check_call(x, c, labels, self.num_classes, "UNet")
         types = dict(dtype=jnp.dtype(self.dtype), param_dtype=jnp.dtype(self.param_dtype))
-        block_type = nn.remat(ResidualBlock, static_argnums=(3,)) if self.remat else ResidualBlock
+        block_type = nn.remat(ResidualBlock) if self.remat else ResidualBlock
 
         # Explicit names: the parameter tree is the same with and without remat.
         def block(h, name, level, resample="none"):
@@ -91,7 +91,7 @@ class UNet(nn.Module):
                 self.skip_rescale,
                 **types,
                 name=name,
-            )(h, emb, train)
+            )(h, emb, dropout_keys)
 
         def attend(h, name):
             return SelfAttention(self.skip_rescale, **types, name=name)(h)
