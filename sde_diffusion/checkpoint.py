@@ -1,11 +1,18 @@
 """Checkpoints of the training state: Orbax, asynchronous, restored onto the shardings of now."""
 
+import contextlib
+import errno
+import json
 import sys
+import zlib
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+
+CHECKSUMS = "checksums.json"  # in a step's folder: Orbax itself reads back a flipped bit as another number
 
 
 class Checkpoints:
@@ -19,7 +26,7 @@ class Checkpoints:
 
     def __init__(self, workdir: str | Path, keep: int | None = None, read_only: bool = False):
         self.path = Path(workdir).absolute() / "checkpoints"
-        self.manager, self.read_only = None, read_only
+        self.manager, self.read_only, self.unsealed = None, read_only, None
         if self.path.is_dir() or not read_only:
             options = ocp.CheckpointManagerOptions(
                 max_to_keep=keep, step_prefix="step", create=not read_only, read_only=read_only
@@ -31,9 +38,42 @@ class Checkpoints:
         return None if self.manager is None else self.manager.latest_step()
 
     def save(self, step: int, state: Any) -> None:
-        """Starts writing `state`, a pytree of arrays; a step that is there already is left as it is."""
+        """Starts writing `state`, a pytree of arrays; a step that is there already is left as it is.
+
+        Raises:
+          OSError: this checkpoint or the one before it could not be written.
+        """
         if step not in self.manager.all_steps():
-            self.manager.save(step, args=ocp.args.StandardSave(_without_empty(state)), force=True)
+            self._wait()
+            with self._writing(step):
+                self.manager.save(step, args=ocp.args.StandardSave(_without_empty(state)), force=True)
+            self.unsealed = self.path / f"step_{step}"
+
+    @contextlib.contextmanager
+    def _writing(self, what):
+        try:
+            yield
+        except Exception as error:  # of many kinds, by the file system
+            self.unsealed = None
+            full = "RESOURCE_EXHAUSTED" in str(error) or getattr(error, "errno", None) == errno.ENOSPC
+            reason = "no space is left" if full else " ".join(str(error).split())[:300]
+            raise OSError(f"the checkpoint of step {what} could not be written to {self.path}: {reason}; those before it are whole") from error
+
+    def _wait(self):
+        if self.unsealed is not None:
+            with self._writing(self.unsealed.name.removeprefix("step_")):
+                self.manager.wait_until_finished()
+                self.seal()
+
+    def seal(self) -> None:
+        """Adds the checksums of its files to the checkpoint saved last, once it is written; returns at once before that."""
+        if self.unsealed is None or self.manager.is_saving_in_progress():
+            return
+        if jax.process_index() == 0 and self.unsealed.is_dir():
+            temporary = self.unsealed / f"{CHECKSUMS}.tmp"
+            temporary.write_text(json.dumps(_checksums(self.unsealed), indent=0))
+            temporary.replace(self.unsealed / CHECKSUMS)
+        self.unsealed = None
 
     def restore(self, like: Any, step: int | None = None) -> tuple[int, Any]:
         """`(step, state)` of the newest checkpoint that can be read, or of the given step.
@@ -49,11 +89,16 @@ class Checkpoints:
         wanted = _without_empty(like)
         steps = sorted(self.manager.all_steps(), reverse=True) if step is None else [step]
         for step in steps:
+            damage = _damage(self.path / f"step_{step}")
+            if damage:
+                print(f"the checkpoint of step {step} is damaged: {damage}; going back to the one before", file=sys.stderr)
+                self._set_aside(step)
+                continue
             try:
                 state = self.manager.restore(step, args=ocp.args.StandardRestore(wanted))
             except Exception as error:  # of many kinds, by the file that is damaged
                 reason = " ".join(str(error).split())[:200]
-                print(f"the checkpoint of step {step} cannot be read ({type(error).__name__}: {reason})", file=sys.stderr)
+                print(f"the checkpoint of step {step} cannot be read ({type(error).__name__}: {reason}); going back to the one before", file=sys.stderr)
                 self._set_aside(step)
             else:
                 return step, like._replace(**state) if hasattr(like, "_replace") else state
@@ -70,9 +115,9 @@ class Checkpoints:
         self.manager.reload()
 
     def close(self) -> None:
-        """Waits until everything is written."""
+        """Waits until everything is written; raises OSError where it could not be."""
         if self.manager is not None:
-            self.manager.wait_until_finished()
+            self._wait()
             self.manager.close()
 
     def __enter__(self):
@@ -80,6 +125,38 @@ class Checkpoints:
 
     def __exit__(self, *_):
         self.close()
+
+
+def _checksums(folder: Path) -> dict[str, int]:
+    """CRC-32 of every file below a folder but the checksums' own, by its path."""
+    out = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and not path.name.startswith(CHECKSUMS):
+            value = 0
+            with path.open("rb") as file:
+                while chunk := file.read(1 << 24):
+                    value = zlib.crc32(chunk, value)
+            out[str(path.relative_to(folder))] = value
+    return out
+
+
+def _damage(folder: Path) -> str:
+    """What is wrong with the files of a checkpoint, by process 0; "" where nothing is, or no checksums were written yet."""
+    found = ""
+    if jax.process_index() == 0 and (folder / CHECKSUMS).exists():
+        try:
+            wanted = dict(json.loads((folder / CHECKSUMS).read_text()))
+            there = _checksums(folder)
+            bad = [name for name, value in wanted.items() if there.get(name) != value]
+            found = f"{bad[0]} is not as it was written" if bad else ""
+        except (OSError, ValueError, TypeError) as error:
+            found = f"its {CHECKSUMS} cannot be read ({error})"
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        if multihost_utils.broadcast_one_to_all(np.int32(bool(found))) and not found:
+            found = "as process 0 says"
+    return found
 
 
 def _without_empty(state):

@@ -106,6 +106,17 @@ class Dataset:
         """The shape of one example."""
         return tuple(self.train.shape[1:])
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What tells at once that it is not the data of before: its name, numbers and shape."""
+        return {
+            "name": self.name,
+            "train": len(self.train),
+            "held_out": len(self.test),
+            "shape": list(self.event_shape),
+            "levels": self.num_levels,
+        }
+
 
 def load(
     name: str,
@@ -506,6 +517,12 @@ def _tfds_builder(tfds: Any, name: str, data_dir: str | None) -> Any:
     return builder
 
 
+def _unreadable(name: str, builder: Any, error: Exception) -> OSError:
+    return OSError(
+        f"TFDS data set {name!r} in {builder.data_dir} cannot be read ({error}); prepare it again"
+    )
+
+
 def _load_tfds(
     name: str,
     data_dir: str | None,
@@ -539,17 +556,25 @@ def _load_tfds(
     def arrays(split: str) -> tuple[LazyArray, LazyArray | None]:
         # The decoders of TFDS leave the images as bytes: its own decoding warns where OpenCV is
         # absent and takes twice as long.
-        source = builder.as_data_source(split, decoders={key: tfds.decode.SkipDecoding()})
-        rows = np.arange(len(source))
+        try:
+            source = builder.as_data_source(split, decoders={key: tfds.decode.SkipDecoding()})
+            rows = np.arange(len(source))
+        except RuntimeError as error:
+            raise _unreadable(name, builder, error) from None
+
+        def records(positions):
+            try:
+                return source.__getitems__(positions)
+            except RuntimeError as error:
+                raise _unreadable(name, builder, error) from None
+
         decode = functools.partial(
             _from_bytes, image_size=image_size, channels=item_shape[-1], origin=f"{name} {split}"
         )
-        pixels = LazyArray(
-            source.__getitems__, lambda r: decode(r[key]), rows, item_shape, np.uint8
-        )
+        pixels = LazyArray(records, lambda r: decode(r[key]), rows, item_shape, np.uint8)
         if not labelled:
             return pixels, None
-        return pixels, LazyArray(source.__getitems__, lambda r: r["label"], rows, (), np.int32)
+        return pixels, LazyArray(records, lambda r: r["label"], rows, (), np.int32)
 
     train, train_labels = arrays("train")
     if held is not None:

@@ -1,9 +1,12 @@
 """The entry point: python -m sde_diffusion.main --config=configs/vp_digits.py --workdir=DIR --mode=train|eval|sample|fit_solver."""
 
 import contextlib
+import errno
+import json
 import os
 import runpy
 import sys
+import threading
 from pathlib import Path
 
 from absl import app, flags, logging
@@ -128,6 +131,14 @@ def _join_processes() -> None:
               "process 0, JAX_NUM_PROCESSES and JAX_PROCESS_ID, or drop --distributed")  # fmt: skip
 
 
+def _quiet_threads() -> None:
+    """Prints no traceback of a thread: what fails in one is raised again where it is waited for."""
+    threading.excepthook = lambda _: None
+    usual = sys.unraisablehook
+    # TensorStore's own threads come here.
+    sys.unraisablehook = lambda error: usual(error) if threading.current_thread() is threading.main_thread() else None
+
+
 def main(_):
     """Sets the run up, with one line for each thing that can be wrong, then hands over to train, evaluate or sample."""
     if not _WORKDIR.value:
@@ -135,7 +146,7 @@ def main(_):
     workdir = Path(_WORKDIR.value).expanduser().absolute()
 
     if not flags.FLAGS["verbosity"].present:
-        logging.set_verbosity(logging.ERROR)  # Orbax tells every step of every write
+        logging.set_verbosity(logging.FATAL)  # Orbax tells every step of every write, and an error three times
 
     import jax
 
@@ -170,10 +181,13 @@ def main(_):
                     "these changes"
                 )
         dataset = data.load(**configs.data_options(config))
+        if step is not None:
+            _check_same_data(workdir / "data.json", dataset)
         mesh, scaler, abstract = train.prepare(config, dataset)
     except (AttributeError, KeyError, ValueError, TypeError, OSError, ImportError) as error:
         _fail(" ".join(str(error).split()))
 
+    _quiet_threads()
     try:
         with contextlib.ExitStack() as stack:
             signals = stack.enter_context(Signals())
@@ -184,6 +198,7 @@ def main(_):
                     temporary = workdir / "config.json.tmp"
                     temporary.write_text(configs.to_json(config))
                     temporary.replace(saved)
+                    (workdir / "data.json").write_text(json.dumps(dataset.facts) + "\n")
                 state = train.train(config, workdir, dataset, signals)
                 step = int(state.step)
             else:
@@ -191,10 +206,22 @@ def main(_):
                     step, state = checkpoints.restore(abstract)
             _use(state.ema, step, config, workdir, dataset, mesh, scaler)
     except (FloatingPointError, OSError) as error:
-        _fail(" ".join(str(error).split()))
+        full = getattr(error, "errno", None) == errno.ENOSPC
+        what = f"no space is left in {workdir}; free some" if full else " ".join(str(error).split())
+        print(f"error: {what}; the same command goes on from the last checkpoint", file=sys.stderr, flush=True)
+        # Threads that wait to write would each add a traceback of the same thing.
+        os._exit(2)
     except Stopped as stop:
         print(f"stopped by {stop}; the same command goes on from the last checkpoint in {workdir}", file=sys.stderr)
         raise SystemExit(stop.code) from None
+
+
+def _check_same_data(path: Path, dataset) -> None:
+    """Raises ValueError where the data are not those that the run began with."""
+    before = json.loads(path.read_text()) if path.exists() else dataset.facts
+    changes = [f"{k}: {v} -> {dataset.facts.get(k)}" for k, v in before.items() if dataset.facts.get(k) != v]
+    if changes:
+        raise ValueError(f"the data are not those that {path.parent} was begun with ({'; '.join(changes)}); restore them, or use another --workdir")
 
 
 def _use(params, step, config, workdir, dataset, mesh, scaler) -> None:

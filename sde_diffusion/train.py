@@ -304,6 +304,7 @@ def train(config: ConfigDict, workdir: Path, dataset: data.Dataset, signals: Sig
                 if ready is not None:
                     clock = _log(config, metrics, bar, *ready, clock, state)
                     ready = None
+                    checkpoints.seal()
                 done = step + 1
                 stop = _stop(signals, done % c.log_every == 0)
                 last = done == c.num_steps or stop is not None
