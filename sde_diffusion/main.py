@@ -120,6 +120,8 @@ def _join_processes() -> None:
     steps = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
     if not (_DISTRIBUTED.value or steps > 1 or "JAX_COORDINATOR_ADDRESS" in os.environ):
         return
+    # Its handler would keep a SIGTERM to itself until `Signals` takes over: the run would go on until it is killed.
+    jax.config.update("jax_enable_preemption_service", False)
     try:
         count, number = (int(os.environ[k]) if k in os.environ else None for k in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"))
         jax.distributed.initialize(num_processes=count, process_id=number)
