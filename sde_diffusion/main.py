@@ -195,7 +195,11 @@ def main(_):
     except (FloatingPointError, OSError) as error:
         _fail(" ".join(str(error).split()))
     except Stopped as stop:
-        print(f"stopped by {stop}; the same command goes on from the last checkpoint in {workdir}", file=sys.stderr)
+        print(f"stopped by {stop}; the same command goes on from the last checkpoint in {workdir}", file=sys.stderr, flush=True)
+        if jax.process_count() > 1 and not stop.agreed:
+            # The others may wait for this one in a computation, where no signal is heard; an orderly end would wait for them.
+            sys.stdout.flush()
+            os._exit(stop.code)
         raise SystemExit(stop.code) from None
 
 
