@@ -62,6 +62,21 @@ def wait_for(what, condition, seconds, tell=lambda: ""):
     return value
 
 
+@contextlib.contextmanager
+def started(commands, folder):
+    """The processes of pairs (command, environment), each with its output in folder/INDEX.txt; killed at the end."""
+    processes = []
+    try:
+        for index, (command, env) in enumerate(commands):
+            with (folder / f"{index}.txt").open("w") as log:
+                processes.append(subprocess.Popen(command, env=env, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT))
+        yield processes
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
 @pytest.mark.parametrize("script", ["slurm.sh", "tpu_pod.sh"])
 def test_the_scripts_parse(script):
     assert os.access(LAUNCH / script, os.X_OK)
@@ -223,6 +238,33 @@ def test_a_signal_before_training_ends_a_process_that_has_met_the_others():
     env = environment(JAX_COORDINATOR_ADDRESS=f"localhost:{free_port()}", JAX_NUM_PROCESSES="1", JAX_PROCESS_ID="0")
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
     assert (done.stdout, done.returncode) == ("met\n", -signal.SIGTERM), done.stderr[-2000:]
+
+
+@pytest.mark.slow
+def test_a_signal_after_training_ends_a_process_that_others_wait_for(tmp_path):
+    """An orderly end would wait for process 0, which waits for process 1 in a computation."""
+    (tmp_path / "config.py").write_text(CONFIG.format(4))
+    code = """
+import os, signal, types
+import jax, numpy as np
+from absl import app
+from jax.experimental import multihost_utils
+from sde_diffusion import evaluate, main, train
+
+def evaluated(*_):
+    multihost_utils.process_allgather(np.zeros(1))
+    if jax.process_index() == 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+    multihost_utils.process_allgather(np.zeros(1))
+
+train.train = lambda *_: types.SimpleNamespace(step=0, ema=None)
+evaluate.evaluate = evaluated
+app.run(main.main, flags_parser=main._parse)
+"""
+    command = [sys.executable, "-c", code, f"--config={tmp_path / 'config.py'}", f"--workdir={tmp_path / 'run'}"]
+    common = {"JAX_COORDINATOR_ADDRESS": f"localhost:{free_port()}", "JAX_NUM_PROCESSES": "2"}
+    with started([(command, environment(**common, JAX_PROCESS_ID=str(index))) for index in range(2)], tmp_path) as processes:
+        assert processes[1].wait(60) == 128 + signal.SIGTERM  # a launcher ends process 0 then, or JAX's heartbeat does
 
 
 # Cloud TPU
@@ -392,21 +434,12 @@ def test_the_pods_of_the_jobset_meet_and_train(jobset, tmp_path):
     """Each pod's command in its environment, on this machine, under the coordinator's name here."""
     _, job, container = parts(jobset)
     (tmp_path / "config.py").write_text(CONFIG.format(4))
-    address = f"localhost:{free_port()}"
-    processes = []
-    try:
-        for index in range(job["completions"]):
-            values = {e["name"]: e.get("value", str(index)) for e in container["env"]} | {"JAX_COORDINATOR_ADDRESS": address}
-            env = environment(KUBERNETES_SERVICE_HOST="127.0.0.1", **values)
-            command = [*container["command"], f"--config={tmp_path / 'config.py'}", f"--workdir={tmp_path / 'run'}"]
-            with (tmp_path / f"{index}.txt").open("w") as log:
-                processes.append(subprocess.Popen(command, env=env, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT))
+    command = [*container["command"], f"--config={tmp_path / 'config.py'}", f"--workdir={tmp_path / 'run'}"]
+    here = {"JAX_COORDINATOR_ADDRESS": f"localhost:{free_port()}", "KUBERNETES_SERVICE_HOST": "127.0.0.1"}
+    pods = [{e["name"]: e.get("value", str(index)) for e in container["env"]} | here for index in range(job["completions"])]
+    with started([(command, environment(**pod)) for pod in pods], tmp_path) as processes:
         for process in processes:
             process.wait(180)
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
     texts = [(tmp_path / f"{index}.txt").read_text() for index in range(len(processes))]
     assert [p.returncode for p in processes] == [0] * len(processes), "\n".join(t[-2000:] for t in texts)
     assert f"of {len(processes)} processes; steps 0 to 4" in texts[0] and "held-out bits/dim" not in texts[1]
