@@ -123,6 +123,8 @@ def _join_processes() -> None:
     steps = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
     if not (_DISTRIBUTED.value or steps > 1 or "JAX_COORDINATOR_ADDRESS" in os.environ):
         return
+    # Its handler would keep a SIGTERM to itself until `Signals` takes over: the run would go on until it is killed.
+    jax.config.update("jax_enable_preemption_service", False)
     try:
         count, number = (int(os.environ[k]) if k in os.environ else None for k in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"))
         jax.distributed.initialize(num_processes=count, process_id=number)
@@ -212,7 +214,11 @@ def main(_):
         # Threads that wait to write would each add a traceback of the same thing.
         os._exit(2)
     except Stopped as stop:
-        print(f"stopped by {stop}; the same command goes on from the last checkpoint in {workdir}", file=sys.stderr)
+        print(f"stopped by {stop}; the same command goes on from the last checkpoint in {workdir}", file=sys.stderr, flush=True)
+        if jax.process_count() > 1 and not stop.agreed:
+            # The others may wait for this one in a computation, where no signal is heard; an orderly end would wait for them.
+            sys.stdout.flush()
+            os._exit(stop.code)
         raise SystemExit(stop.code) from None
 
 

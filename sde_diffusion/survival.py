@@ -10,11 +10,14 @@ from pathlib import Path
 
 
 class Stopped(BaseException):
-    """A signal asked the program to end. `code` is its exit status, 128 + the signal's number, which launchers restart on."""
+    """A signal asked the program to end. `code` is its exit status, 128 + the signal's number, which launchers restart on.
 
-    def __init__(self, number: int):
+    agreed: all processes of the run end here, together.
+    """
+
+    def __init__(self, number: int, agreed: bool = False):
         super().__init__(signal.Signals(number).name)
-        self.code = 128 + number
+        self.code, self.agreed = 128 + number, agreed
 
 
 class Signals:

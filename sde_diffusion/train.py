@@ -324,7 +324,7 @@ def train(config: ConfigDict, workdir: Path, dataset: data.Dataset, signals: Sig
                         evaluate.save_samples(picture, samples, scaler, dataset, metrics, done)
                     clock = (done, time.perf_counter())
                 if stop is not None:
-                    raise Stopped(stop)
+                    raise Stopped(stop, agreed=True)
     return state
 
 
