@@ -359,7 +359,7 @@ def _log(config, metrics, bar, step, totals, clock, state):
         tqdm.write(f"step {step}: {int(totals.skipped)} update(s) skipped for a non-finite loss or gradient{where}", file=sys.stderr)
         if bad >= config.train.max_bad_steps:
             raise FloatingPointError(
-                f"the loss was not finite in {bad} updates in a row up to step {step}: lower optim.lr, or look at the "
+                f"the loss was not finite in {bad} updates in a row up to step {int(state.step)}: lower optim.lr, or look at the "
                 "loss_by_log_snr of the last good lines in metrics.jsonl; checkpoints from before are intact"
             )
     return step, now
