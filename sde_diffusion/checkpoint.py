@@ -1,6 +1,11 @@
 """Checkpoints of the training state: Orbax, asynchronous, restored onto the shardings of now."""
 
+import contextlib
+import gc
+import io
+import logging
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +25,17 @@ class Checkpoints:
     def __init__(self, workdir: str | Path, keep: int | None = None, read_only: bool = False):
         self.path = Path(workdir).absolute() / "checkpoints"
         self.manager, self.read_only = None, read_only
+        if self.path.exists() and not self.path.is_dir():
+            raise NotADirectoryError(f"{self.path} is a file, where checkpoints are to be; move it away, or use another --workdir")
         if self.path.is_dir() or not read_only:
             options = ocp.CheckpointManagerOptions(
                 max_to_keep=keep, step_prefix="step", create=not read_only, read_only=read_only
             )
-            self.manager = ocp.CheckpointManager(self.path, options=options)
+            # The handler is named: otherwise it is guessed from the newest folder, and a damaged one hides those before it.
+            try:
+                self.manager = ocp.CheckpointManager(self.path, item_handlers=ocp.StandardCheckpointHandler(), options=options)
+            except RecursionError:
+                raise OSError(f"a checkpoint in {self.path} holds metadata that are none; move the newest step away") from None
 
     def latest_step(self) -> int | None:
         """The newest complete checkpoint's step, or None."""
@@ -50,7 +61,11 @@ class Checkpoints:
         steps = sorted(self.manager.all_steps(), reverse=True) if step is None else [step]
         for step in steps:
             try:
-                state = self.manager.restore(step, args=ocp.args.StandardRestore(wanted))
+                with _quiet():
+                    _check_arrays(self.manager.item_metadata(step), wanted)
+                    state = self.manager.restore(step, args=ocp.args.StandardRestore(wanted))
+                if isinstance(state, dict) and int(state.get("step", step)) != step:
+                    raise ValueError(f"it holds the state of step {int(state['step'])}")
             except Exception as error:  # of many kinds, by the file that is damaged
                 reason = " ".join(str(error).split())[:200]
                 print(f"the checkpoint of step {step} cannot be read ({type(error).__name__}: {reason})", file=sys.stderr)
@@ -82,11 +97,39 @@ class Checkpoints:
         self.close()
 
 
+@contextlib.contextmanager
+def _quiet():
+    """Keeps back what threads print: of a damaged checkpoint each array that is still being read has a traceback of its own."""
+    logger = logging.getLogger("asyncio")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            try:
+                yield
+            except BaseException:
+                time.sleep(0.5)
+                gc.collect()
+                raise
+    finally:
+        logger.setLevel(level)
+
+
 def _without_empty(state):
     """The fields of a NamedTuple that are not (), as a dict: what a run does not use is not in its file."""
     if not hasattr(state, "_asdict"):
         return state
     return {name: value for name, value in state._asdict().items() if not (type(value) is tuple and not value)}
+
+
+def _check_arrays(stored, wanted):
+    """Raises ValueError for arrays of other names, shapes or dtypes: Orbax casts dtypes, and prints tracebacks for the rest."""
+    stored, wanted = ({jax.tree_util.keystr(path, simple=True, separator="/"): (a.shape, a.dtype)
+                       for path, a in jax.tree_util.tree_leaves_with_path(tree)} for tree in (stored, wanted))  # fmt: skip
+    for name in stored.keys() | wanted.keys():
+        if stored.get(name) != wanted.get(name):
+            there, here = (f"{a[1]} {a[0]}" if a else "missing" for a in (stored.get(name), wanted.get(name)))
+            raise ValueError(f"its array {name} is {there}, that of this config {here}")
 
 
 def like(tree: Any, shardings: Any) -> Any:
