@@ -142,11 +142,11 @@ def experiment(**sections) -> ConfigDict:
         name = given.get("name", full[section]["name"]) if isinstance(given, dict) else full[section]["name"]
         full[section] = {"name": name, **_options(lookup(table, name, section))}
     for section, values in sections.items():
-        check(section in full, f"unknown config section {section!r}; choose one of {', '.join(full)}")
+        check(section in full, f"unknown config section {shown(section)}; choose one of {', '.join(full)}")
         if not isinstance(full[section], dict):
             full[section] = values
             continue
-        check(isinstance(values, dict), f"config section {section!r} is {values!r}; it has {', '.join(sorted(full[section]))}")
+        check(isinstance(values, dict), f"config section {section!r} is {shown(values)}; it has {', '.join(sorted(full[section]))}")
         for key, value in values.items():
             check(key in full[section], _unknown_key(section, key, full[section]))
             if value is not None:  # None is the default wherever it may stand, and its placeholder knows the type
@@ -168,15 +168,11 @@ def load(path: Path) -> ConfigDict:
     """
     try:
         check(path.stat().st_size <= 2**20, "more than 1 MiB")
-        plain = json.loads(path.read_text(), parse_constant=_refuse_constant)
+        plain = json.loads(path.read_text())
         check(isinstance(plain, dict), "not a JSON object")
         return experiment(**_tuples(plain))
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is not a config written by this program ({error}); delete or restore it") from None
-
-
-def _refuse_constant(name):
-    raise ValueError(f"{name} is not a value of a config")
 
 
 def _tuples(value):
@@ -223,12 +219,12 @@ def validate(config: ConfigDict) -> None:
     """Raises a one-line ValueError for every wrong value that can be seen without data, files or devices."""
     names = {key: config.get(key, {}) for key in ("sde", "model")}
     for section, value in names.items():
-        check(hasattr(value, "keys"), f"config section {section!r} is {value!r}; build the config with experiment(...)")
+        check(hasattr(value, "keys"), f"config section {section!r} is {shown(value)}; build the config with experiment(...)")
     known = experiment(sde={"name": names["sde"].get("name", "vp")}, model={"name": names["model"].get("name", "unet")})
     for section in config:
         check(section in known, f"unknown config section {section!r}; choose one of {', '.join(known)}")
         if isinstance(known[section], ConfigDict):
-            check(hasattr(config[section], "keys"), f"config section {section!r} is {config[section]!r}; "
+            check(hasattr(config[section], "keys"), f"config section {section!r} is {shown(config[section])}; "
                   f"it has {', '.join(sorted(known[section]))}")  # fmt: skip
             for key in config[section]:
                 check(key in known[section], _unknown_key(section, key, known[section]))

@@ -46,6 +46,7 @@ def load_run(workdir: str | Path) -> Run:
         if checkpoints.latest_step() is None or not (path / "config.json").exists():
             raise ValueError(f"no trained run in {path}; python -m sde_diffusion.main --workdir={workdir} makes one")
         config = configs.load(path / "config.json")
+        configs.validate(config)
         dataset = data.load(**configs.data_options(config), in_memory=False)
         _, scaler, abstract = train.prepare(config, dataset, sharding.make_mesh())
         step, state = checkpoints.restore(abstract)

@@ -147,7 +147,7 @@ def check_batch_size(mesh: Mesh, batch_size: int, name: str, parts: int = 1) -> 
     check(batch_size % n == 0, f"{name}={batch_size} does not divide over {mesh.devices.size} devices{after}; use a multiple of {n}")
 
 
-def check_memory(mesh: Mesh, size: float, what: str, fix: str) -> None:
+def check_memory(mesh: Mesh, size: float | int, what: str, fix: str) -> None:
     """Raises ValueError where `size` bytes do not fit on one device of the mesh, which has at least to hold them."""
     stats = mesh.devices.flat[0].memory_stats() or {}
     memory = stats.get("bytes_limit") or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
