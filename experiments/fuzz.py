@@ -120,7 +120,7 @@ class Result(NamedTuple):
     place: str = ""
 
 
-def make_room(room: Path, runs=("vectors", "digits")) -> None:
+def make_room(room: Path, runs) -> None:
     """The variants as config files, and for some a workdir with a run: config, checkpoint and metrics of an untrained network."""
     (room / "configs").mkdir(parents=True)
     for name, sections in VARIANTS.items():
@@ -159,7 +159,7 @@ def make_file_case(rng: random.Random, bases, folder: Path, number: int) -> Case
     return Case(base, (), False, file, tuple(changes))
 
 
-def make_case(rng: random.Random, bases, runs=("vectors", "digits")) -> Case:
+def make_case(rng: random.Random, bases, runs) -> Case:
     """A config with one to three keys changed at random, or a conflict, or an unknown key."""
     in_run = rng.random() < 0.3
     base = rng.choice(runs if in_run else bases)
@@ -175,7 +175,7 @@ def make_case(rng: random.Random, bases, runs=("vectors", "digits")) -> Case:
             # Mostly of the key's type: what is not is refused by the parser.
             words.append(f"{key}={rng.choice(OF_TYPE[keys[key]] if rng.random() < 0.7 else WORDS)}")
     mode = ["--mode=" + rng.choice(["train", "eval", "sample", "fit_solver"])] if in_run and rng.random() < 0.7 else []
-    return Case(base, tuple([*mode, *("--" + ("" if w.startswith("mode") else "config.") + w for w in words)]), in_run)
+    return Case(base, tuple([*mode, *("--" + ("" if w.startswith("mode=") else "config.") + w for w in words)]), in_run)
 
 
 def _config(base):
@@ -312,9 +312,9 @@ def as_command(case: Case, room: Path, result: Result) -> str | None:
     return None
 
 
-def fuzz(num: int, seed: int, room: Path, bases, say=print, commands: int = 0) -> list[tuple[Case, Result]]:
+def fuzz(num: int, seed: int, room: Path, bases, runs=("vectors", "digits"), say=print, commands: int = 0) -> list[tuple[Case, Result]]:
     """Runs the cases; returns those with their results. Damage to a workdir is a failure of its own."""
-    make_room(room)
+    make_room(room, runs)
     # Images are decoded where they are needed, and not at all here; a set is opened once.
     data.MEMORY_LIMIT, load, limit = 2**20, data.load, data.MEMORY_LIMIT
     data.load = functools.cache(load)
@@ -323,7 +323,7 @@ def fuzz(num: int, seed: int, room: Path, bases, say=print, commands: int = 0) -
     try:
         while len(out) < num:
             by_file = rng.random() < 0.2
-            case = make_file_case(rng, bases, Path(f"{room}-files"), len(out)) if by_file else make_case(rng, bases)
+            case = make_file_case(rng, bases, Path(f"{room}-files"), len(out)) if by_file else make_case(rng, bases, runs)
             if any("\x00" in w for w in case.words):
                 # The system passes no such argument to a program.
                 case = case._replace(words=tuple(w.replace("\x00", "\x01") for w in case.words))

@@ -78,7 +78,12 @@ def _config_path(name: str) -> str:
     _fail(f"--config={name} does not exist; name a file, or one of the library's own: {known}")
 
 
-def _sections(argv: list[str]) -> dict:
+def _cut(text: str) -> str:
+    """A word of the command line without the middle of a long one."""
+    return text if len(text) <= 100 else f"{text[:80]}...{text[-15:]}"
+
+
+def _sections(argv: list[str]):
     """What the config file gives by itself; {} where it is wrong, and the message is about that."""
     path, *argument = argv[1].partition("=")[2].split(":", 1)
     try:
@@ -114,7 +119,7 @@ def _why_not_parsed(error: Exception, argv: list[str]) -> str:
         if not known and len(keys) > 1:
             return f"unknown config key '{'.'.join(keys)}'; {keys[0]} is one value, set as --config.{keys[0]}=..."
         if known and len(keys) == 1:
-            return f"{word}: {keys[0]} is a section; set one of its keys, as --config.{keys[0]}.{known.partition(',')[0]}=..."
+            return f"{_cut(word)}: {keys[0]} is a section; set one of its keys, as --config.{keys[0]}.{known.partition(',')[0]}=..."
         if known and (keys[1] not in section or len(keys) > 2):
             return f"unknown config key '{'.'.join(keys)}'; {keys[0]} has {known}"
     blamed = [(w, keys, v) for w, keys, v in overrides if w in message] or [(w, keys, v) for w, keys, v in overrides if v and v in message]
@@ -125,9 +130,9 @@ def _why_not_parsed(error: Exception, argv: list[str]) -> str:
         example = owner[keys[-1]]
         as_in = "" if example is None else f", as {example!r}"
         what = {bool: "true or false", int: "an int", float: "a number", tuple: "a tuple"}.get(kind, f"a {kind.__name__}")
-        return f"{word} must be {what}{as_in}"
+        return f"{_cut(word)} must be {what}{as_in}"
     words = [w for w in argv[2:] if w.partition("=")[2] and w.partition("=")[2] in message]
-    flag = f"{words[0]}: " if words and words[0].partition("=")[0] not in message else ""
+    flag = f"{_cut(words[0])}: " if words and words[0].partition("=")[0] not in message else ""
     return flag + message
 
 
