@@ -163,15 +163,15 @@ def load(path: Path) -> ConfigDict:
     """A config from the JSON that `save` wrote.
 
     Raises:
-      ValueError: not a JSON object of known keys, by the file's name.
-      OSError: it cannot be read.
+      ValueError: not a JSON object of known keys, or not readable; the message names the file.
     """
     try:
         check(path.stat().st_size <= 2**20, "more than 1 MiB")
         plain = json.loads(path.read_text())
         check(isinstance(plain, dict), "not a JSON object")
         return experiment(**_tuples(plain))
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, AttributeError, RecursionError, OSError) as error:
+        error = getattr(error, "strerror", None) or error
         raise ValueError(f"{path} is not a config written by this program ({error}); delete or restore it") from None
 
 

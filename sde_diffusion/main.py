@@ -4,6 +4,7 @@ import contextlib
 import os
 import runpy
 import sys
+import traceback
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -84,25 +85,33 @@ def _cut(text: str) -> str:
 
 
 def _sections(argv: list[str]):
-    """What the config file gives by itself; {} where it is wrong, and the message is about that."""
+    """The config that the config file gives by itself.
+
+    Raises:
+      ValueError: it gives none; the message says why, and where.
+    """
     path, *argument = argv[1].partition("=")[2].split(":", 1)
     try:
-        return runpy.run_path(path)["get_config"](*argument)
-    except Exception:
-        return {}
+        sections = runpy.run_path(path)["get_config"](*argument)
+        if not hasattr(sections, "to_dict"):
+            raise TypeError(f"get_config() returned a {type(sections).__name__}; return experiment(...)")
+        return sections
+    except Exception as error:  # of any kind, by what the config file does
+        if Path(path).name == "saved_config.py":
+            raise ValueError(error) from None
+        lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
+        place = f", line {lines[-1]}" if lines else ""
+        reason = f": {error}" if isinstance(error, (ValueError, SyntaxError)) else f" ({type(error).__name__}: {error})"
+        raise ValueError(f"{path}{place}, does not give a config{reason}") from None
 
 
 def _why_not_parsed(error: Exception, argv: list[str]) -> str:
     """One line for what the parser met: an unknown key, a value of the wrong type, a wrong flag, or a wrong config file."""
     message = str(error)
-    file = argv[1].partition("=")[2].partition(":")[0]
-    if "Error whilst parsing config file" in message or not isinstance(error, (flags.Error, AttributeError, KeyError, TypeError, ValueError)):
-        saved = Path(file).name == "saved_config.py"
-        last = message.strip().splitlines()[-1].strip() if message.strip() else type(error).__name__
-        for wrapped in ("ValueError: ", "Configuration is not available because of an earlier failure to load: "):
-            last = last.partition(wrapped)[2] or last
-        return last if saved else f"{file} does not give a config: {last}"
-    sections, overrides = _sections(argv), []
+    try:
+        sections, overrides = _sections(argv), []
+    except ValueError as why:
+        return str(why)
     for word in argv[2:]:
         name, _, value = word.lstrip("-").partition("=")
         first, *keys = name.split(".")
@@ -110,8 +119,6 @@ def _why_not_parsed(error: Exception, argv: list[str]) -> str:
         if first in ("config", "noconfig") and keys:
             overrides.append((word, keys, value))
     for word, keys, value in overrides:
-        if not sections:
-            break
         if keys[0] not in sections:
             return f"unknown config key '{'.'.join(keys)}'; its sections are {', '.join(sections)}"
         section = sections[keys[0]]
@@ -123,7 +130,7 @@ def _why_not_parsed(error: Exception, argv: list[str]) -> str:
         if known and (keys[1] not in section or len(keys) > 2):
             return f"unknown config key '{'.'.join(keys)}'; {keys[0]} has {known}"
     blamed = [(w, keys, v) for w, keys, v in overrides if w in message] or [(w, keys, v) for w, keys, v in overrides if v and v in message]
-    if sections and blamed:
+    if blamed:
         word, keys, value = blamed[0]
         owner = sections[keys[0]] if len(keys) == 2 else sections
         kind = owner.get_type(keys[-1])
@@ -138,9 +145,12 @@ def _why_not_parsed(error: Exception, argv: list[str]) -> str:
 
 def parse(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> list[str]:
     """absl's parser of the program's command line into `values`; a wrong flag or config value is one line and exit status 2."""
-    argv = _with_config(argv)
-    _define_flags(values, argv)
     try:
+        argv = _with_config(argv)
+    except (OSError, RuntimeError) as error:  # a name that is too long, or of a user who does not exist
+        _fail(f"--workdir or --config is no path ({getattr(error, 'strerror', None) or error}); name a folder and a file")
+    try:
+        _define_flags(values, argv)
         rest = values(argv)
         if not hasattr(values.config, "to_dict"):  # the file is read now, not at its first use
             raise RuntimeError(f"get_config() returned a {type(values.config).__name__}; return experiment(...)")
@@ -193,7 +203,11 @@ def start(values: flags.FlagValues = flags.FLAGS) -> Start:
     try:
         workdir = Path(values.workdir).expanduser().absolute()
         config = values.config
-        configs.validate(config)
+        try:
+            configs.validate(config)
+        except ValueError as error:
+            file = Path(values["config"].config_filename.partition(":")[2])
+            raise ValueError(f"{file}: {error}" if file.name and not values["config"].override_values else error) from None
         _check_writable(workdir)
         if any(c in config.data.name for c in (os.sep, ".npz")) and Path(config.data.name).expanduser().exists():
             config.data.name = str(Path(config.data.name).expanduser().absolute())  # a run goes on from any folder

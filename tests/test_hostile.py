@@ -14,11 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from absl import flags
 from PIL import Image
 
 import sde_diffusion as sd
 from sde_diffusion import config as configs
-from sde_diffusion import data, evaluate, report, train
+from sde_diffusion import data, evaluate, main, report, train
 from sde_diffusion.checkpoint import Checkpoints
 from sde_diffusion.config import experiment
 from sde_diffusion.samplers.learned import _process
@@ -370,10 +371,26 @@ def test_metrics_that_are_none_are_put_aside(tmp_path, capsys, evil):
 
 def test_only_a_config_file_is_code():
     """What could run code from a file: nothing but the config file that --config names."""
-    uses = re.compile(r"\b(pickle|marshal|shelve|dill|runpy|exec|eval|__import__|allow_pickle=True|yaml)\b\s*[.(]")
+    uses = re.compile(r"\b(?:pickle|marshal|shelve|dill|runpy|yaml|importlib)\.|(?<![\w.])(?:exec|eval|compile|__import__)\(")
     found = {
-        (path.name, use[1]) for path in (ROOT / "sde_diffusion").rglob("*.py") for line in path.read_text().splitlines()
+        (path.name, use[0]) for path in (ROOT / "sde_diffusion").rglob("*.py") for line in path.read_text().splitlines()
         for use in uses.finditer(line)
     }  # fmt: skip
-    assert found == {("main.py", "runpy")}
+    assert found == {("main.py", "runpy.")}
     assert all("allow_pickle=True" not in path.read_text() for path in (ROOT / "sde_diffusion").rglob("*.py"))
+
+
+@pytest.mark.parametrize("code, words", [
+    ("x = undefined", ["line 1", "undefined"]), ("def get_config(): return 1 / 0", ["line 1", "division"]), ("def get_config(): return {}", ["returned a dict"]),
+    ("def get_config(:", ["invalid syntax"]), ("import nothere", ["nothere"]), ("1", ["get_config"]), ("def get_config(): raise KeyError('q')", ["'q'"]),
+    ("def get_config(a): return a", ["get_config"]),
+    ("from sde_diffusion.config import experiment\ndef get_config(): return experiment(optim=dict(rate=1))", ["line 2", "optim.rate"]),
+], ids=lambda v: v[:25] if isinstance(v, str) else "")  # fmt: skip
+def test_config_file_that_gives_no_config(tmp_path, capsys, code, words):
+    (tmp_path / "c.py").write_text(code)
+    for more in ([], ["--config.seed=1"]):
+        with pytest.raises(SystemExit) as stop:
+            main.parse(["main", f"--config={tmp_path / 'c.py'}", f"--workdir={tmp_path / 'new'}", *more], flags.FlagValues())
+        said = capsys.readouterr().err
+        assert stop.value.code == 2 and said.startswith("error: ") and said.count("\n") == 1
+        assert all(word in said for word in ["c.py", "does not give a config", *words])
