@@ -130,8 +130,9 @@ def zero_terminal_snr(sde: SDE) -> bool:
     """Whether alpha(t_max) = 0, or too small for a number of float's precision; False where the SDE's fields are traced."""
     # Inside jax.jit an operation on constants is traced as well, unless it is asked not to be.
     with jax.ensure_compile_time_eval():
-        alpha = sde.alpha(jnp.asarray(sde.t_max, float))
-        return not isinstance(alpha, jax.core.Tracer) and bool(alpha == 0)
+        t = jnp.asarray(sde.t_max, float)
+        # The log-SNR first: where it is traced, alpha is not asked for.
+        return not isinstance(sde.log_snr(t), jax.core.Tracer) and bool(sde.alpha(t) == 0)
 
 
 def check_process(score_fn, sde: SDE) -> None:

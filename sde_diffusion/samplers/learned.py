@@ -21,7 +21,7 @@ from sde_diffusion.prediction import as_pytree, check_process
 from sde_diffusion.samplers.grid import check_t_end, time_grid
 from sde_diffusion.samplers.linear import Steps, Table, run
 from sde_diffusion.samplers.ode import METHODS, sample_ode
-from sde_diffusion.sde import SDE, check, known, pytree_dataclass, shown
+from sde_diffusion.sde import SDE, check, known, pytree_dataclass
 
 # Random directions of each end point in which its derivatives are taken.
 _PROBES = 2
@@ -53,16 +53,16 @@ class LearnedSolver:
 
     def check(self, sde: SDE) -> None:
         """Raises ValueError for another SDE than it was fitted to."""
-        if not known(self.process, *jax.tree.leaves(sde)):
+        if not known(self.process, self.times, *jax.tree.leaves(sde)):
             return
         # Inside jax.jit an operation on constants is traced as well, unless it is asked not to be.
         with jax.ensure_compile_time_eval():
             same = bool(jnp.allclose(jnp.asarray(self.process), _process(sde), rtol=1e-3, atol=1e-3))
         check(
             same,
-            f"this solver was fitted to {shown(json.loads(self.facts)['sde'])}, not to {sde}: fit_solver makes one for it",
+            f"this solver was fitted to {json.loads(self.facts)['sde'][:200]}, not to {sde}: fit_solver makes one for it",
         )
-        first, last = float(self.times[0]), float(self.times[-1])
+        first, last = np.asarray(self.times)[[0, -1]].tolist()
         check(
             abs(first - sde.t_max) <= 1e-6 * sde.t_max and last >= sde.t_train * (1 - 1e-6),
             f"this solver runs from t={first:g} to {last:g}, but {type(sde).__name__} from t_max={sde.t_max} to t_train={sde.t_train} "
