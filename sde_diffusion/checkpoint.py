@@ -2,8 +2,12 @@
 
 import contextlib
 import errno
+import gc
+import io
 import json
+import logging
 import sys
+import time
 import zlib
 from pathlib import Path
 from typing import Any
@@ -27,11 +31,17 @@ class Checkpoints:
     def __init__(self, workdir: str | Path, keep: int | None = None, read_only: bool = False):
         self.path = Path(workdir).absolute() / "checkpoints"
         self.manager, self.read_only, self.unsealed = None, read_only, None
+        if self.path.exists() and not self.path.is_dir():
+            raise NotADirectoryError(f"{self.path} is a file, where checkpoints are to be; move it away, or use another --workdir")
         if self.path.is_dir() or not read_only:
             options = ocp.CheckpointManagerOptions(
                 max_to_keep=keep, step_prefix="step", create=not read_only, read_only=read_only
             )
-            self.manager = ocp.CheckpointManager(self.path, options=options)
+            # The handler is named: otherwise it is guessed from the newest folder, and a damaged one hides those before it.
+            try:
+                self.manager = ocp.CheckpointManager(self.path, item_handlers=ocp.StandardCheckpointHandler(), options=options)
+            except RecursionError:
+                raise OSError(f"a checkpoint in {self.path} holds metadata that are none; move the newest step away") from None
 
     def latest_step(self) -> int | None:
         """The newest complete checkpoint's step, or None."""
@@ -95,7 +105,11 @@ class Checkpoints:
                 self._set_aside(step)
                 continue
             try:
-                state = self.manager.restore(step, args=ocp.args.StandardRestore(wanted))
+                with _quiet():
+                    _check_arrays(self.manager.item_metadata(step), wanted)
+                    state = self.manager.restore(step, args=ocp.args.StandardRestore(wanted))
+                if isinstance(state, dict) and int(state.get("step", step)) != step:
+                    raise ValueError(f"it holds the state of step {int(state['step'])}")
             except Exception as error:  # of many kinds, by the file that is damaged
                 reason = " ".join(str(error).split())[:200]
                 print(f"the checkpoint of step {step} cannot be read ({type(error).__name__}: {reason}); going back to the one before", file=sys.stderr)
@@ -157,6 +171,22 @@ def _damage(folder: Path) -> str:
         if multihost_utils.broadcast_one_to_all(np.int32(bool(found))) and not found:
             found = "as process 0 says"
     return found
+@contextlib.contextmanager
+def _quiet():
+    """Keeps back what threads print: of a damaged checkpoint each array that is still being read has a traceback of its own."""
+    logger = logging.getLogger("asyncio")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            try:
+                yield
+            except BaseException:
+                time.sleep(0.5)
+                gc.collect()
+                raise
+    finally:
+        logger.setLevel(level)
 
 
 def _without_empty(state):
@@ -164,6 +194,16 @@ def _without_empty(state):
     if not hasattr(state, "_asdict"):
         return state
     return {name: value for name, value in state._asdict().items() if not (type(value) is tuple and not value)}
+
+
+def _check_arrays(stored, wanted):
+    """Raises ValueError for arrays of other names, shapes or dtypes: Orbax casts dtypes, and prints tracebacks for the rest."""
+    stored, wanted = ({jax.tree_util.keystr(path, simple=True, separator="/"): (a.shape, a.dtype)
+                       for path, a in jax.tree_util.tree_leaves_with_path(tree)} for tree in (stored, wanted))  # fmt: skip
+    for name in stored.keys() | wanted.keys():
+        if stored.get(name) != wanted.get(name):
+            there, here = (f"{a[1]} {a[0]}" if a else "missing" for a in (stored.get(name), wanted.get(name)))
+            raise ValueError(f"its array {name} is {there}, that of this config {here}")
 
 
 def like(tree: Any, shardings: Any) -> Any:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from ml_collections import ConfigDict, config_dict
 
 from sde_diffusion import models
@@ -22,7 +23,7 @@ from sde_diffusion.samplers import ode, pc, sde as reverse
 from sde_diffusion.samplers.grid import GRIDS, check_t_end
 from sde_diffusion.samplers.integrate import check_start
 from sde_diffusion.schedules import BetweenEnds, LinearLogSNR, MonotoneLogSNR
-from sde_diffusion.sde import SDE, VE, VP, CosineVP, SubVP, check
+from sde_diffusion.sde import SDE, VE, VP, CosineVP, SubVP, check, shown
 from sde_diffusion.weights import LOG_SNR_WEIGHTS, TIME_WEIGHTS
 
 SDES = {
@@ -137,13 +138,15 @@ def experiment(**sections) -> ConfigDict:
     """
     full = defaults()
     for section, table in (("sde", SDES), ("model", models.MODELS)):
-        name = sections.get(section, {}).get("name", full[section]["name"])
+        given = sections.get(section, {})
+        name = given.get("name", full[section]["name"]) if isinstance(given, dict) else full[section]["name"]
         full[section] = {"name": name, **_options(lookup(table, name, section))}
     for section, values in sections.items():
-        check(section in full, f"unknown config section {section!r}; choose one of {', '.join(full)}")
-        if not isinstance(values, dict):
+        check(section in full, f"unknown config section {shown(section)}; choose one of {', '.join(full)}")
+        if not isinstance(full[section], dict):
             full[section] = values
             continue
+        check(isinstance(values, dict), f"config section {section!r} is {shown(values)}; it has {', '.join(sorted(full[section]))}")
         for key, value in values.items():
             check(key in full[section], _unknown_key(section, key, full[section]))
             if value is not None:  # None is the default wherever it may stand, and its placeholder knows the type
@@ -160,11 +163,15 @@ def load(path: Path) -> ConfigDict:
     """A config from the JSON that `save` wrote.
 
     Raises:
-      ValueError: not a JSON object of known keys.
+      ValueError: not a JSON object of known keys, or not readable; the message names the file.
     """
     try:
-        return experiment(**_tuples(json.loads(path.read_text())))
-    except (json.JSONDecodeError, TypeError, AttributeError) as error:
+        check(path.stat().st_size <= 2**20, "more than 1 MiB")
+        plain = json.loads(path.read_text())
+        check(isinstance(plain, dict), "not a JSON object")
+        return experiment(**_tuples(plain))
+    except (ValueError, TypeError, AttributeError, RecursionError, OSError) as error:
+        error = getattr(error, "strerror", None) or error
         raise ValueError(f"{path} is not a config written by this program ({error}); delete or restore it") from None
 
 
@@ -199,14 +206,26 @@ def _flatten(tree, prefix=""):
     return out
 
 
+# The largest values: the step is an int32, and a sampler's table is made before it is compiled.
+_COUNTS = {
+    "train.batch_size": 2**31 - 1, "train.num_steps": 2**31 - 2, "train.log_every": 2**31 - 1, "train.sample_every": 2**31 - 1,
+    "train.checkpoint_every": 2**31 - 1, "train.keep_checkpoints": 2**31 - 1, "train.max_bad_steps": 2**31 - 1,
+    "train.accumulate": 2**31 - 1, "train.param_shards": 2**31 - 1, "sample.num_steps": 100_000, "sample.num": 2**31 - 1,
+    "sample.batch_size": 2**31 - 1, "eval.batch_size": 2**31 - 1, "eval.num_probes": 1_000_000,
+}  # fmt: skip
+
+
 def validate(config: ConfigDict) -> None:
     """Raises a one-line ValueError for every wrong value that can be seen without data, files or devices."""
-    known = experiment(
-        sde={"name": config.get("sde", {}).get("name", "vp")}, model={"name": config.get("model", {}).get("name", "unet")}
-    )
+    names = {key: config.get(key, {}) for key in ("sde", "model")}
+    for section, value in names.items():
+        check(hasattr(value, "keys"), f"config section {section!r} is {shown(value)}; build the config with experiment(...)")
+    known = experiment(sde={"name": names["sde"].get("name", "vp")}, model={"name": names["model"].get("name", "unet")})
     for section in config:
         check(section in known, f"unknown config section {section!r}; choose one of {', '.join(known)}")
         if isinstance(known[section], ConfigDict):
+            check(hasattr(config[section], "keys"), f"config section {section!r} is {shown(config[section])}; "
+                  f"it has {', '.join(sorted(known[section]))}")  # fmt: skip
             for key in config[section]:
                 check(key in known[section], _unknown_key(section, key, known[section]))
     for section in known:
@@ -214,7 +233,9 @@ def validate(config: ConfigDict) -> None:
         if isinstance(known[section], ConfigDict):
             for key in known[section]:
                 check(key in config[section], f"config key '{section}.{key}' is missing; build the config with experiment(...)")
+    _check_types(config, known)
     sde = build_sde(config)
+    _check_process(sde)
     models.build(config.model.name, **_model_options(config))
     as_score(lambda x, c: x, sde, **_prediction_options(config))
     losses = {"weighted": {**LOG_SNR_WEIGHTS, **TIME_WEIGHTS}, "dsm": {k: TIME_WEIGHTS[k] for k in ("sigma2", "likelihood")},
@@ -238,32 +259,82 @@ def validate(config: ConfigDict) -> None:
     lookup({"hutchinson": 0, "exact": 0}, config.eval.trace, "eval.trace")
     check_t_end(sde, config.sample.t_end)
     check_t_end(sde, config.eval.t_end)
-    for key in ("train.batch_size", "train.num_steps", "train.log_every", "train.sample_every", "train.checkpoint_every",
-                "train.keep_checkpoints", "train.max_bad_steps", "train.accumulate", "train.param_shards", "sample.num_steps", "sample.num", "sample.batch_size",
-                "eval.batch_size", "eval.num_probes"):  # fmt: skip
+    for key, most in _COUNTS.items():
         section, name = key.split(".")
         value = config[section][name]
-        check(isinstance(value, int) and value >= 1, f"{key}={value!r} must be an integer of at least 1")
+        check(1 <= value <= most, f"{key}={value!r} must be an integer of at least 1 and at most {most:,}")
     _, methods, usual = lookup(SAMPLERS, config.sample.sampler, "sample.sampler")
     method = config.sample.method or usual
     if config.sample.sampler == "ode" and method.endswith(".json"):
-        LearnedSolver.load(method).check(sde)
+        try:
+            LearnedSolver.load(method).check(sde)
+        except ValueError as error:
+            raise ValueError(f"sample.method: {error}") from None
     else:
         solver = lookup(methods, method, f"sample.method of the {config.sample.sampler} sampler")
         check_start(solver, method, sde, config.sample.num_steps)
     for key, seed in (("seed", config.seed), ("sample.seed", config.sample.seed), ("eval.seed", config.eval.seed)):
         check(isinstance(seed, int) and 0 <= seed < 2**63, f"{key}={seed!r} must be an integer from 0 to 2^63 - 1")
-    for key in ("optim.lr", "optim.eps", "sample.snr", "eval.rtol", "eval.atol", "prediction.sigma_data"):
+    for key in ("optim.lr", "optim.eps", "sample.snr", "eval.rtol", "eval.atol"):
         section, name = key.split(".")
-        check(config[section][name] > 0, f"{key}={config[section][name]!r} must be positive")
+        check(config[section][name] > 1e-37, f"{key}={config[section][name]!r} must be positive, and at least 1e-37")
+    s = config.prediction.sigma_data
+    check(1e-6 <= s <= 1e6, f"prediction.sigma_data={s!r} must be positive, from 1e-6 to 1e6: the standard deviation of the data")
     for key in ("optim.beta1", "optim.beta2", "optim.ema_decay", "train.label_dropout"):
         section, name = key.split(".")
-        check(0 <= config[section][name] < 1, f"{key}={config[section][name]!r} must be in [0, 1)")
-    for key in ("optim.warmup_steps", "optim.grad_clip", "sample.corrector_steps", "sample.noise_level", "eval.bound_draws"):
+        # The largest float32 below 1.
+        check(0 <= config[section][name] <= 1 - 2**-24, f"{key}={config[section][name]!r} must be in [0, 1)")
+    for key, most in (("optim.warmup_steps", 2**31 - 1), ("optim.grad_clip", 1e30), ("sample.corrector_steps", 10_000),
+                      ("sample.noise_level", 1e3), ("eval.bound_draws", 1_000_000)):  # fmt: skip
         section, name = key.split(".")
-        check(config[section][name] >= 0, f"{key}={config[section][name]!r} must be at least 0")
+        check(0 <= config[section][name] <= most, f"{key}={config[section][name]!r} must be at least 0 and at most {most:,}")
     n = config.eval.num_examples
     check(n is None or n >= 1, f"eval.num_examples={n} must be at least 1, or None for the whole held-out set")
+
+
+def _check_process(sde: SDE) -> None:
+    """Raises ValueError where the log-SNR is not finite, or does not fall, in the precision in which it is computed."""
+    t = jnp.asarray(sde.t_min, float) + jnp.linspace(0.0, 1.0, 17) * (sde.t_max - sde.t_min)
+    t = t if sde.t_train == sde.t_min else jnp.concatenate([jnp.asarray([sde.t_train], float), t])
+    log_snr = np.asarray(sde.log_snr(t))
+    # It may end at -inf: zero terminal SNR.
+    good = np.isfinite(log_snr[:-1]).all() and (np.diff(log_snr) < 0).all()
+    check(good, f"the log-SNR of {sde} is not finite and falling from t_train to t_max in {log_snr.dtype}: choose less extreme values")
+
+
+def _check_types(config: ConfigDict, known: ConfigDict) -> None:
+    """Raises a one-line ValueError for a value that is not of its key's type, and for a number that is not finite."""
+    for section in known:
+        nested = isinstance(known[section], ConfigDict)
+        owner, place, prefix = (known[section], config[section], f"{section}.") if nested else (known, config, "")
+        for name in owner if nested else [section]:
+            value, kind = place[name], owner.get_type(name)
+            usual = owner[name]
+            if value is None and usual is None:
+                continue
+            word, fits = _TYPES[kind]
+            example = f", as {usual!r}" if usual is not None else ", or None"
+            check(fits(value), f"{prefix}{name}={shown(value)} must be {word}{example}")
+
+
+def _is_int(value):
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_finite(value):
+    try:
+        return (_is_int(value) or isinstance(value, float)) and abs(float(value)) < 3e38  # of float32
+    except OverflowError:
+        return False
+
+
+_TYPES = {
+    bool: ("True or False", lambda v: isinstance(v, bool)),
+    int: ("an integer", _is_int),
+    float: ("a finite number", _is_finite),
+    str: ("a string of one line", lambda v: isinstance(v, str) and v.isprintable() and len(v) < 1000),
+    tuple: ("a tuple of integers", lambda v: isinstance(v, (tuple, list)) and all(map(_is_int, v))),
+}
 
 
 class Learned(NamedTuple):

@@ -1,5 +1,6 @@
 """Data sets as integer levels or vectors, their batches, and the map to and from model space."""
 
+import contextlib
 import dataclasses
 import difflib
 import functools
@@ -20,8 +21,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Num, PRNGKeyArray, UInt8
 
+from sde_diffusion.sde import shown
+
 if TYPE_CHECKING:
     import grain
+
+class Unreadable(ValueError):
+    """A file that is not what its name says, or is too large to be; the message names it and the fix."""
+
 
 # Decoded images above this many bytes stay on disk and are decoded on access.
 MEMORY_LIMIT = 4 * 2**30
@@ -146,17 +153,26 @@ def load(
     Raises ValueError for an unknown name or unusable content, FileNotFoundError for a missing path
     or a TFDS set that is not prepared, ImportError where TFDS lacks a module.
     """
-    if image_size is not None and image_size < 1:
-        raise ValueError(f"image_size={image_size}: expected a positive number of pixels or None")
+    if image_size is not None and not 1 <= image_size <= 2**14:
+        raise ValueError(
+            f"image_size={image_size}: expected a positive number of pixels, at most {2**14:,}, or None"
+        )
     if channels not in (None, 1, 3):
         raise ValueError(f"channels={channels}: expected 1 (grey), 3 (RGB) or None")
     if name in _EMBEDDED:
         return _EMBEDDED[name](name, image_size, channels)
-    path = pathlib.Path(name).expanduser()
-    if path.suffix == ".npz":
-        return _load_npz(path, image_size, channels, seed)
-    if name.startswith((".", "~", os.sep)) or (os.sep in name and path.is_dir()):
-        return _load_folder(path, image_size, channels, seed, in_memory)
+    try:
+        path = pathlib.Path(name).expanduser()
+        if path.suffix == ".npz":
+            return _load_npz(path, image_size, channels, seed)
+        if name.startswith((".", "~", os.sep)) or (os.sep in name and path.is_dir()):
+            return _load_folder(path, image_size, channels, seed, in_memory)
+    except (OSError, RuntimeError) as error:
+        if isinstance(error, FileNotFoundError):
+            raise
+        # No such user, a name that is too long, a folder that may not be read.
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"data.name={shown(name)} cannot be read ({reason}); name a file or a folder that can") from None
     return _load_tfds(name, data_dir, image_size, channels, seed, in_memory)
 
 
@@ -218,7 +234,7 @@ def _to_pixels(image: Any, image_size: int | None, channels: int, origin: str) -
     from PIL import Image, ImageOps
 
     if image.mode.startswith(("I", "F")):
-        raise ValueError(
+        raise Unreadable(
             f"{origin} has more than 8 bits a channel (mode {image.mode}); "
             "expected 8-bit images, convert it first"
         )
@@ -234,20 +250,32 @@ def _to_pixels(image: Any, image_size: int | None, channels: int, origin: str) -
 def _from_bytes(encoded: bytes, image_size: int | None, channels: int, origin: str) -> np.ndarray:
     from PIL import Image
 
-    return _to_pixels(Image.open(io.BytesIO(encoded)), image_size, channels, origin)
+    with _reading(f"an image of {origin}"), Image.open(io.BytesIO(encoded), formats=_FORMATS) as image:
+        return _to_pixels(image, image_size, channels, origin)
+
+
+# Of all that Pillow reads; some other formats start programs.
+_FORMATS = ("PNG", "JPEG")
+
+
+@contextlib.contextmanager
+def _reading(what: Any) -> Iterator[None]:
+    """Whatever Pillow meets in a damaged or hostile image becomes one line that names it."""
+    try:
+        yield
+    except Unreadable:
+        raise
+    except Exception as error:  # of many kinds, by what is damaged
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise Unreadable(f"{what} is not a readable image ({reason}); remove or replace it") from None
 
 
 def _from_file(path: pathlib.Path, image_size: int | None, channels: int) -> np.ndarray:
     from PIL import Image, ImageOps
 
-    try:
-        with Image.open(path) as image:
-            # Cameras store the rotation as a tag instead of turning the pixels.
-            return _to_pixels(ImageOps.exif_transpose(image), image_size, channels, str(path))
-    except OSError as error:
-        raise ValueError(
-            f"{path} is not a readable image ({error}); remove or replace it"
-        ) from None
+    with _reading(path), Image.open(path, formats=_FORMATS) as image:
+        # Cameras store the rotation as a tag instead of turning the pixels.
+        return _to_pixels(ImageOps.exif_transpose(image), image_size, channels, str(path))
 
 
 def _fits_in_memory(in_memory: bool | None, count: int, item_shape: tuple[int, ...]) -> bool:
@@ -274,6 +302,38 @@ def _decode_all(images: LazyArray, labels: LazyArray | None, title: str) -> tupl
     return out, out_labels
 
 
+def read_npz(path: pathlib.Path, keys: Sequence[str]) -> dict[str, np.ndarray]:
+    """Those of the arrays that the file holds, after a look at what each would take.
+
+    Raises Unreadable unless each is a plain array, of the size that its file has, and all fit in memory.
+    """
+    try:
+        arrays, total = {}, 0
+        with zipfile.ZipFile(path) as archive:
+            sizes = {i.filename: i.file_size for i in archive.infolist()}
+            for key in keys:
+                if f"{key}.npy" not in sizes:
+                    continue
+                with archive.open(f"{key}.npy") as file:
+                    version = np.lib.format.read_magic(file)
+                    read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+                    shape, _, dtype = read[version](file)
+                    size = math.prod(shape) * dtype.itemsize
+                    total += size
+                    if dtype.hasobject:
+                        raise ValueError(f"`{key}` holds pickled objects")
+                    if size + file.tell() != sizes[f"{key}.npy"]:
+                        raise ValueError(f"`{key}` says {shape} {dtype} and holds something else")
+                    if total > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
+                        raise ValueError(f"`{key}` is larger than the memory")
+                with archive.open(f"{key}.npy") as file:
+                    arrays[key] = np.lib.format.read_array(file, allow_pickle=False)
+        return arrays
+    except Exception as error:  # of many kinds, by what is damaged
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise Unreadable(f"{path} is not an .npz of plain arrays ({reason})") from None
+
+
 def _held_out(count: int, seed: int, name: str) -> tuple[np.ndarray, np.ndarray]:
     """Sorted row numbers of the training part and of the seeded held-out tenth."""
     if count < 2:
@@ -293,17 +353,20 @@ def _load_npz(
             f"{path} does not exist; expected a .npz file with an array `train`"
         )
     try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {key: file[key] for key in file.files}
-    except (ValueError, OSError, EOFError, AttributeError, TypeError, zipfile.BadZipFile):
-        raise ValueError(
-            f"{path} is not an .npz of plain arrays; write it by "
-            "numpy.savez(path, train=images) with uint8 images and no pickled objects"
+        arrays = read_npz(
+            path, ("train", "images", "test", "labels", "train_labels", "test_labels")
+        )
+    except Unreadable as error:
+        raise Unreadable(
+            f"{error}; write it by numpy.savez(path, train=images) with uint8 images and no "
+            "pickled objects"
         ) from None
     key = next((k for k in ("train", "images") if k in arrays), None)
     if key is None:
+        with zipfile.ZipFile(path) as archive:
+            held = shown(sorted(n.removesuffix(".npy") for n in archive.namelist()))
         raise ValueError(
-            f"{path} holds the arrays {sorted(arrays)}; expected `train` or `images`, "
+            f"{path} holds the arrays {held}; expected `train` or `images`, "
             "optionally `test`, `labels` or `train_labels`, `test_labels`"
         )
     train = _checked_examples(arrays[key], path, key)
@@ -337,9 +400,13 @@ def _load_npz(
 
 def _checked_examples(array: np.ndarray, path: pathlib.Path, key: str) -> np.ndarray:
     if len(array.shape) == 2 and np.issubdtype(array.dtype, np.floating) and array.size:
+        with np.errstate(over="ignore"):
+            array = array.astype(np.float32)
         if not np.isfinite(array).all():
-            raise ValueError(f"`{key}` of {path} holds NaN or infinity; remove those examples")
-        return array.astype(np.float32)
+            raise ValueError(
+                f"`{key}` of {path} holds NaN, infinity or numbers beyond float32; remove those examples"
+            )
+        return array
     grey = array[..., None] if array.ndim == 3 else array
     if array.dtype != np.uint8 or grey.ndim != 4 or grey.shape[-1] not in (1, 3) or not grey.size:
         raise ValueError(
@@ -385,6 +452,10 @@ def _load_folder(
     if not path.is_dir():
         raise FileNotFoundError(f"{path} does not exist; expected a folder of PNG or JPEG images")
     files = sorted(p for p in path.rglob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg"))
+    files = [p for p in files if not p.is_dir()]
+    for file in files:
+        if not file.is_file():
+            raise Unreadable(f"{file} is not a regular file, or a link to none; remove it")
     if not files:
         raise ValueError(f"{path} holds no .png, .jpg or .jpeg file; expected a folder of images")
     name = str(path)
@@ -412,15 +483,10 @@ def _common_shape(
         return image_size, image_size, channels
 
     def header(file: pathlib.Path) -> tuple[tuple[int, int], bool]:
-        try:
-            with Image.open(file) as image:
-                turned = image.getexif().get(0x0112, 1) >= 5
-                size = image.size[::-1] if turned else image.size
-                return size, image.mode in ("1", "L", "LA")
-        except OSError as error:
-            raise ValueError(
-                f"{file} is not a readable image ({error}); remove or replace it"
-            ) from None
+        with _reading(file), Image.open(file, formats=_FORMATS) as image:
+            turned = image.getexif().get(0x0112, 1) >= 5
+            size = image.size[::-1] if turned else image.size
+            return size, image.mode in ("1", "L", "LA")
 
     with ThreadPoolExecutor() as pool:
         headers = list(pool.map(header, files))
@@ -473,6 +539,7 @@ def _tfds_builder(tfds: Any, name: str, data_dir: str | None) -> Any:
     if form is None:
         raise _unknown(name, tfds)
     verbosity = logging.get_verbosity()
+    _check_feature_names(name, data_dir)
     # TFDS warns about every folder that it looks into; the error below says what matters.
     logging.set_verbosity(logging.ERROR)
     try:
@@ -521,6 +588,19 @@ def _unreadable(name: str, builder: Any, error: Exception) -> OSError:
     return OSError(
         f"TFDS data set {name!r} in {builder.data_dir} cannot be read ({error}); prepare it again"
     )
+
+
+def _check_feature_names(name: str, data_dir: str | None) -> None:
+    """Raises Unreadable where a stored data set names features of other modules: TFDS would import them."""
+    root = pathlib.Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
+    folder = root.expanduser() / re.split("[/:]", name)[0]
+    for path in folder.rglob("features.json"):
+        classes = re.findall(r'"(?:pythonClassName|type)"\s*:\s*"([^"]*\.[^"]*)"', path.read_text(errors="replace"))
+        for other in classes:
+            if not other.startswith("tensorflow_datasets."):
+                raise Unreadable(
+                    f"{path} names the feature {shown(other)}, which is not one of TFDS; remove that folder"
+                )
 
 
 def _load_tfds(

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import math
-import zipfile
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,6 +46,7 @@ def load_run(workdir: str | Path) -> Run:
         if checkpoints.latest_step() is None or not (path / "config.json").exists():
             raise ValueError(f"no trained run in {path}; python -m sde_diffusion.main --workdir={workdir} makes one")
         config = configs.load(path / "config.json")
+        configs.validate(config)
         dataset = data.load(**configs.data_options(config), in_memory=False)
         _, scaler, abstract = train.prepare(config, dataset, sharding.make_mesh())
         step, state = checkpoints.restore(abstract)
@@ -54,10 +55,10 @@ def load_run(workdir: str | Path) -> Run:
     return Run(score_fn, configs.build_sde(config, params), dataset.event_shape, scaler, step, config)
 
 
-def make_sampler(config: ConfigDict, mesh, event_shape: tuple[int, ...]):
-    """`draw(params, num, seed)`: samples `(num, *event)` in model space by the config's sampler, as a numpy array.
+def make_batch_sampler(config: ConfigDict, mesh, event_shape: tuple[int, ...]):
+    """A jitted function `(params, key) -> samples (B, *event)` by the config's sampler, split over the mesh.
 
-    Compiled once, for batches of `sample.batch_size`, rounded up to a multiple of the devices, split over the mesh. A conditional network gets the classes in turn.
+    B is `sample.batch_size`, rounded up to a multiple of the devices. A conditional network gets the classes in turn.
     """
     sampler = configs.build_sampler(config)
     batch = sharding.round_up(mesh, config.sample.batch_size)
@@ -68,6 +69,16 @@ def make_sampler(config: ConfigDict, mesh, event_shape: tuple[int, ...]):
     def draw_batch(params, key):
         x = sampler(configs.build_score(config, params, labels, distribute=sharding.with_gathered(mesh)), key, (batch, *event_shape))
         return jax.lax.with_sharding_constraint(x, sharding.by_batch(mesh))
+
+    return draw_batch
+
+
+def make_sampler(config: ConfigDict, mesh, event_shape: tuple[int, ...]):
+    """`draw(params, num, seed)`: samples `(num, *event)` in model space by the config's sampler, as a numpy array.
+
+    Compiled once, for batches as of `make_batch_sampler`.
+    """
+    draw_batch, batch = make_batch_sampler(config, mesh, event_shape), sharding.round_up(mesh, config.sample.batch_size)
 
     def draw(params, num: int, seed: int) -> np.ndarray:
         key = jax.random.key(seed)
@@ -184,7 +195,8 @@ def _of_each(config, fn, params, mesh, examples, partial: Path | None) -> np.nda
     def of_batch(params, numbers, batch):
         return jax.vmap(lambda n, x: fn(params, jax.random.fold_in(key, n), x))(numbers, batch)
 
-    values = _read_partial(partial)
+    one = jax.eval_shape(fn, params, key, jax.ShapeDtypeStruct(examples.shape[1:], examples.dtype)) if _there(partial) else None
+    values = _read_partial(partial, one, len(examples))
     shard = (jax.process_index(), jax.process_count())
     done = sum(map(len, values))
     # A part that ends within a batch of now was written by another batch size: begin at the last whole one.
@@ -201,14 +213,21 @@ def _of_each(config, fn, params, mesh, examples, partial: Path | None) -> np.nda
     return np.concatenate(values).astype(np.float64)
 
 
-def _read_partial(path: Path | None) -> list[np.ndarray]:
-    """What an evaluation that was stopped has written, the same on all hosts."""
-    if path is None or not path.exists():
+def _there(path: Path | None) -> bool:
+    return path is not None and path.exists()
+
+
+def _read_partial(path: Path | None, one: Any, most: int) -> list[np.ndarray]:
+    """What an evaluation that was stopped has written, the same on all hosts; one: the figures of one example, as shapes."""
+    if not _there(path):
         return []
     try:
-        with np.load(path, allow_pickle=False) as file:
-            return [file["values"]]
-    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
+        values = data.read_npz(path, ("values",)).get("values", np.empty(0))
+        if values.dtype != one.dtype or values.shape[1:] != one.shape or not 1 <= len(values) <= most:
+            raise data.Unreadable(f"{path} holds {values.dtype} {values.shape}, which are not the figures of this evaluation")
+        return [values]
+    except data.Unreadable as error:
+        print(f"{error}; the evaluation begins again", file=sys.stderr)
         return []
 
 
@@ -285,6 +304,7 @@ def evaluate(config: ConfigDict, workdir: Path, params, step: int, dataset: data
 
     num = config.sample.num
     samples = make_sampler(config, mesh, dataset.event_shape)(params, num, config.sample.seed)
+    check_samples(samples)
     distances = quality(samples, dataset, scaler)
     out |= distances
     lines.append(("energy distance", f"{distances['energy_distance']:.4f}",
@@ -336,6 +356,15 @@ def _sampler_name(config, separator=" ") -> str:
     parts += [] if c.denoise else ["noisy"]
     return separator.join(parts)
 
+
+def check_samples(samples: np.ndarray) -> None:
+    """Raises FloatingPointError for samples that are not finite."""
+    bad = int((~np.isfinite(samples).reshape(len(samples), -1).all(axis=1)).sum())
+    if bad:
+        raise FloatingPointError(
+            f"{bad} of {len(samples)} samples are not finite: take more sample.num_steps, less sample.noise_level or sample.snr, "
+            "another sample.method, or train longer"
+        )
 
 
 def write_samples(config: ConfigDict, workdir: Path, samples: np.ndarray, step: int, dataset, scaler) -> Path:

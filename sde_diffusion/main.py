@@ -7,7 +7,9 @@ import os
 import runpy
 import sys
 import threading
+import traceback
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -15,22 +17,41 @@ from ml_collections import config_flags
 _HERE = Path(__file__).resolve().parent
 _CONFIGS = next((p for p in (_HERE.parent / "configs", _HERE / "configs") if p.is_dir()), _HERE)
 
-_CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "Config file. [default: the workdir's own config, else the embedded digits]"
-)
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: config, checkpoints, metrics, samples.")
-_MODE = flags.DEFINE_enum(
-    "mode", "train", ["train", "eval", "sample", "fit_solver"],
-    "What to do; train ends with eval, which samples too; fit_solver fits a solver of sample.num_steps evaluations.",
-)
 
-_DISTRIBUTED = flags.DEFINE_boolean(
-    "distributed", False, "One process of several, on one host or more. Slurm's steps and JAX_COORDINATOR_ADDRESS switch it on."
-)
+def _define_flags(values: flags.FlagValues, argv: list[str]) -> None:
+    config_flags.DEFINE_config_file(
+        "config", None, "Config file. [default: the workdir's own config, else the embedded digits]", flag_values=values, sys_argv=argv
+    )
+    flags.DEFINE_string("workdir", None, "Folder of the run: config, checkpoints, metrics, samples.", flag_values=values)
+    flags.DEFINE_enum(
+        "mode", "train", ["train", "eval", "sample", "fit_solver"],
+        "What to do; train ends with eval, which samples too; fit_solver fits a solver of sample.num_steps evaluations.",
+        flag_values=values,
+    )  # fmt: skip
+    flags.DEFINE_boolean(
+        "distributed", False, "One process of several, on one host or more. Slurm's steps and JAX_COORDINATOR_ADDRESS switch it on.",
+        flag_values=values,
+    )  # fmt: skip
 
 
-def _fail(error) -> None:
-    print(f"error: {error}", file=sys.stderr)
+class Start(NamedTuple):
+    """A run that can begin: its flags, all of them checked, its data, and what `train.prepare` makes of the two."""
+
+    mode: str
+    workdir: Path
+    config: Any
+    dataset: Any
+    mesh: Any
+    scaler: Any
+    abstract: Any
+
+
+def _fail(error, at_once: bool = False) -> None:
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    if at_once:
+        # Threads that wait to write would each add a traceback of the same thing.
+        sys.stdout.flush()
+        os._exit(2)
     raise SystemExit(2)
 
 
@@ -65,39 +86,83 @@ def _config_path(name: str) -> str:
     _fail(f"--config={name} does not exist; name a file, or one of the library's own: {known}")
 
 
-def _unknown_key(message: str, argv: list[str]) -> str:
-    """What to say of an override of a key that the config does not have."""
+def _cut(text: str) -> str:
+    """A word of the command line without the middle of a long one."""
+    return text if len(text) <= 100 else f"{text[:80]}...{text[-15:]}"
+
+
+def _sections(argv: list[str]):
+    """The config that the config file gives by itself.
+
+    Raises:
+      ValueError: it gives none; the message says why, and where.
+    """
     path, *argument = argv[1].partition("=")[2].split(":", 1)
     try:
-        known = runpy.run_path(path)["get_config"](*argument)
-    except Exception:  # the file itself is wrong, and the message is about that
-        known = {}
-    for word in argv[2:]:
-        name, *keys = word.lstrip("-").partition("=")[0].split(".")
-        if known and name == "config" and any(key in message for key in keys):
-            section = known.get(keys[0])
-            choices = f"{keys[0]} has {', '.join(sorted(section))}" if section else f"its sections are {', '.join(known)}"
-            return f"unknown config key '{'.'.join(keys)}'; {choices}"
-    return " ".join(message.split())
+        sections = runpy.run_path(path)["get_config"](*argument)
+        if not hasattr(sections, "to_dict"):
+            raise TypeError(f"get_config() returned a {type(sections).__name__}; return experiment(...)")
+        return sections
+    except Exception as error:  # of any kind, by what the config file does
+        if Path(path).name == "saved_config.py":
+            raise ValueError(error) from None
+        lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
+        place = f", line {lines[-1]}" if lines else ""
+        reason = f": {error}" if isinstance(error, (ValueError, SyntaxError)) else f" ({type(error).__name__}: {error})"
+        raise ValueError(f"{path}{place}, does not give a config{reason}") from None
 
 
-def _wrong_value(message: str, argv: list[str]) -> str:
-    """A parser's message, after the flag that it is about where that can be told."""
-    blamed = [w for w in argv[2:] if w.partition("=")[2] and w.partition("=")[2] in message]
-    flag = f"{blamed[0]}: " if blamed and blamed[0].partition("=")[0] not in message else ""
-    return " ".join((flag + message).split())
-
-
-def _parse(argv):
-    """absl's parser; a wrong flag or config value becomes one line."""
-    argv = _with_config(argv)
+def _why_not_parsed(error: Exception, argv: list[str]) -> str:
+    """One line for what the parser met: an unknown key, a value of the wrong type, a wrong flag, or a wrong config file."""
+    message = str(error)
     try:
-        rest = flags.FLAGS(argv)
-        _ = _CONFIG.value  # the file is read now, not at its first use
-    except (AttributeError, KeyError) as error:
-        _fail(_unknown_key(str(error), argv))
-    except (flags.Error, TypeError, ValueError, OSError, ImportError, SyntaxError) as error:
-        _fail(_wrong_value(str(error), argv))
+        sections, overrides = _sections(argv), []
+    except ValueError as why:
+        return str(why)
+    for word in argv[2:]:
+        name, _, value = word.lstrip("-").partition("=")
+        first, *keys = name.split(".")
+        # --noconfig.data.flip is absl's way to say False.
+        if first in ("config", "noconfig") and keys:
+            overrides.append((word, keys, value))
+    for word, keys, value in overrides:
+        if keys[0] not in sections:
+            return f"unknown config key '{'.'.join(keys)}'; its sections are {', '.join(sections)}"
+        section = sections[keys[0]]
+        known = ", ".join(sorted(section)) if hasattr(section, "keys") else ""
+        if not known and len(keys) > 1:
+            return f"unknown config key '{'.'.join(keys)}'; {keys[0]} is one value, set as --config.{keys[0]}=..."
+        if known and len(keys) == 1:
+            return f"{_cut(word)}: {keys[0]} is a section; set one of its keys, as --config.{keys[0]}.{known.partition(',')[0]}=..."
+        if known and (keys[1] not in section or len(keys) > 2):
+            return f"unknown config key '{'.'.join(keys)}'; {keys[0]} has {known}"
+    blamed = [(w, keys, v) for w, keys, v in overrides if w in message] or [(w, keys, v) for w, keys, v in overrides if v and v in message]
+    if blamed:
+        word, keys, value = blamed[0]
+        owner = sections[keys[0]] if len(keys) == 2 else sections
+        kind = owner.get_type(keys[-1])
+        example = owner[keys[-1]]
+        as_in = "" if example is None else f", as {example!r}"
+        what = {bool: "true or false", int: "an int", float: "a number", tuple: "a tuple"}.get(kind, f"a {kind.__name__}")
+        return f"{_cut(word)} must be {what}{as_in}"
+    words = [w for w in argv[2:] if w.partition("=")[2] and w.partition("=")[2] in message]
+    flag = f"{_cut(words[0])}: " if words and words[0].partition("=")[0] not in message else ""
+    return flag + message
+
+
+def parse(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> list[str]:
+    """absl's parser of the program's command line into `values`; a wrong flag or config value is one line and exit status 2."""
+    try:
+        argv = _with_config(argv)
+    except (OSError, RuntimeError) as error:  # a name that is too long, or of a user who does not exist
+        _fail(f"--workdir or --config is no path ({getattr(error, 'strerror', None) or error}); name a folder and a file")
+    try:
+        _define_flags(values, argv)
+        rest = values(argv)
+        if not hasattr(values.config, "to_dict"):  # the file is read now, not at its first use
+            raise RuntimeError(f"get_config() returned a {type(values.config).__name__}; return experiment(...)")
+    except Exception as error:  # of any kind, by what the config file does
+        _fail(_why_not_parsed(error, argv))
     if len(rest) > 1:
         _fail(f"unexpected argument {rest[1]!r}; values are set as --config.section.key=value")
     return rest
@@ -112,7 +177,7 @@ def _check_writable(workdir: Path) -> None:
         raise PermissionError(f"{there} cannot be written to; name another --workdir")
 
 
-def _join_processes() -> None:
+def _join_processes(distributed: bool) -> None:
     """Where a launcher or the flag says so, meets the other processes of the run, by JAX's distributed runtime.
 
     JAX finds the others by itself under Slurm and on TPU pods; elsewhere JAX_COORDINATOR_ADDRESS (host:port of process 0),
@@ -121,7 +186,7 @@ def _join_processes() -> None:
     import jax
 
     steps = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
-    if not (_DISTRIBUTED.value or steps > 1 or "JAX_COORDINATOR_ADDRESS" in os.environ):
+    if not (distributed or steps > 1 or "JAX_COORDINATOR_ADDRESS" in os.environ):
         return
     # Its handler would keep a SIGTERM to itself until `Signals` takes over: the run would go on until it is killed.
     jax.config.update("jax_enable_preemption_service", False)
@@ -141,12 +206,53 @@ def _quiet_threads() -> None:
     sys.unraisablehook = lambda error: usual(error) if threading.current_thread() is threading.main_thread() else None
 
 
+def start(values: flags.FlagValues = flags.FLAGS) -> Start:
+    """Checks all that the parsed flags say, reads the data and prepares; one line and exit status 2 for what is wrong.
+
+    Writes nothing, and compiles nothing.
+    """
+    if not values.workdir:
+        _fail("--workdir is missing; name a folder for this run, as --workdir=runs/digits")
+    from sde_diffusion import config as configs
+    from sde_diffusion import data, train
+    from sde_diffusion.checkpoint import Checkpoints
+
+    try:
+        workdir = Path(values.workdir).expanduser().absolute()
+        config = values.config
+        try:
+            configs.validate(config)
+        except ValueError as error:
+            file = Path(values["config"].config_filename.partition(":")[2])
+            raise ValueError(f"{file}: {error}" if file.name and not values["config"].override_values else error) from None
+        _check_writable(workdir)
+        if any(c in config.data.name for c in (os.sep, ".npz")) and Path(config.data.name).expanduser().exists():
+            config.data.name = str(Path(config.data.name).expanduser().absolute())  # a run goes on from any folder
+        with Checkpoints(workdir, read_only=True) as checkpoints:
+            step = checkpoints.latest_step()
+        if values.mode != "train" and step is None:
+            raise ValueError(f"no checkpoint in {workdir}; train first: python -m sde_diffusion.main --workdir={values.workdir}")
+        saved = workdir / "config.json"
+        if step is not None and saved.exists():
+            changes = configs.differences(config, configs.load(saved))
+            if changes:
+                raise ValueError(
+                    f"{workdir} holds a run of another config ({'; '.join(changes)}); use another --workdir, or drop "
+                    "these changes"
+                )
+        n = config.sample.num_steps
+        if values.mode == "fit_solver" and not 2 <= n <= 1000:
+            raise ValueError(f"sample.num_steps={n}: --mode=fit_solver needs 2 to 1,000 evaluations; 5 to 20 is usual")
+        dataset = data.load(**configs.data_options(config))
+        if step is not None:
+            _check_same_data(workdir / "data.json", dataset)
+        return Start(values.mode, workdir, config, dataset, *train.prepare(config, dataset))
+    except (AttributeError, KeyError, ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
+        _fail(error)
+
+
 def main(_):
     """Sets the run up, with one line for each thing that can be wrong, then hands over to train, evaluate or sample."""
-    if not _WORKDIR.value:
-        _fail("--workdir is missing; name a folder for this run, as --workdir=runs/digits")
-    workdir = Path(_WORKDIR.value).expanduser().absolute()
-
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.FATAL)  # Orbax tells every step of every write, and an error three times
 
@@ -157,64 +263,44 @@ def main(_):
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(cache / "sde_diffusion" / "jax"))
 
-    _join_processes()
+    _join_processes(flags.FLAGS.distributed)
+    run = start()
 
     from sde_diffusion import config as configs
-    from sde_diffusion import data, train
+    from sde_diffusion import train
     from sde_diffusion.checkpoint import Checkpoints
+    from sde_diffusion.data import Unreadable
     from sde_diffusion.survival import Signals, Stopped, locked
-
-    try:
-        config = _CONFIG.value
-        configs.validate(config)
-        _check_writable(workdir)
-        if Path(config.data.name).expanduser().exists() and any(c in config.data.name for c in (os.sep, ".npz")):
-            config.data.name = str(Path(config.data.name).expanduser().absolute())  # a run goes on from any folder
-        with Checkpoints(workdir, read_only=True) as checkpoints:
-            step = checkpoints.latest_step()
-        if _MODE.value != "train" and step is None:
-            raise ValueError(f"no checkpoint in {workdir}; train first: python -m sde_diffusion.main --workdir={_WORKDIR.value}")
-        saved = workdir / "config.json"
-        if step is not None and saved.exists():
-            changes = configs.differences(config, configs.load(saved))
-            if changes:
-                raise ValueError(
-                    f"{workdir} holds a run of another config ({'; '.join(changes)}); use another --workdir, or drop "
-                    "these changes"
-                )
-        dataset = data.load(**configs.data_options(config))
-        if step is not None:
-            _check_same_data(workdir / "data.json", dataset)
-        mesh, scaler, abstract = train.prepare(config, dataset)
-    except (AttributeError, KeyError, ValueError, TypeError, OSError, ImportError) as error:
-        _fail(" ".join(str(error).split()))
 
     _quiet_threads()
     try:
         with contextlib.ExitStack() as stack:
             signals = stack.enter_context(Signals())
-            if _MODE.value == "train":
-                workdir.mkdir(parents=True, exist_ok=True)
+            if run.mode == "train":
+                run.workdir.mkdir(parents=True, exist_ok=True)
                 if jax.process_index() == 0:
-                    stack.enter_context(locked(workdir))
-                    temporary = workdir / "config.json.tmp"
-                    temporary.write_text(configs.to_json(config))
-                    temporary.replace(saved)
-                    (workdir / "data.json").write_text(json.dumps(dataset.facts) + "\n")
-                state = train.train(config, workdir, dataset, signals)
+                    stack.enter_context(locked(run.workdir))
+                    temporary = run.workdir / "config.json.tmp"
+                    temporary.write_text(configs.to_json(run.config))
+                    temporary.replace(run.workdir / "config.json")
+                    (run.workdir / "data.json").write_text(json.dumps(run.dataset.facts) + "\n")
+                state = train.train(run.config, run.workdir, run.dataset, signals)
                 step = int(state.step)
             else:
-                with Checkpoints(workdir, read_only=True) as checkpoints:
-                    step, state = checkpoints.restore(abstract)
-            _use(state.ema, step, config, workdir, dataset, mesh, scaler)
-    except (FloatingPointError, OSError) as error:
+                with Checkpoints(run.workdir, read_only=True) as checkpoints:
+                    step, state = checkpoints.restore(run.abstract)
+            _use(run, state.ema, step)
+    except (FloatingPointError, OSError, Unreadable) as error:
         full = getattr(error, "errno", None) == errno.ENOSPC
-        what = f"no space is left in {workdir}; free some" if full else " ".join(str(error).split())
-        print(f"error: {what}; the same command goes on from the last checkpoint", file=sys.stderr, flush=True)
-        # Threads that wait to write would each add a traceback of the same thing.
-        os._exit(2)
+        what = f"no space is left in {run.workdir}; free some" if full else error
+        _fail(f"{what}; the same command goes on from the last checkpoint", at_once=True)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        _fail(f"out of memory ({str(error).splitlines()[0][:200]}); lower the batch_size of train, sample or eval, raise "
+              "train.accumulate or train.param_shards, or set model.remat")  # fmt: skip
     except Stopped as stop:
-        print(f"stopped by {stop}; the same command goes on from the last checkpoint in {workdir}", file=sys.stderr, flush=True)
+        print(f"stopped by {stop}; the same command goes on from the last checkpoint in {run.workdir}", file=sys.stderr, flush=True)
         if jax.process_count() > 1 and not stop.agreed:
             # The others may wait for this one in a computation, where no signal is heard; an orderly end would wait for them.
             sys.stdout.flush()
@@ -224,27 +310,34 @@ def main(_):
 
 def _check_same_data(path: Path, dataset) -> None:
     """Raises ValueError where the data are not those that the run began with."""
-    before = json.loads(path.read_text()) if path.exists() else dataset.facts
-    changes = [f"{k}: {v} -> {dataset.facts.get(k)}" for k, v in before.items() if dataset.facts.get(k) != v]
+    from sde_diffusion.sde import shown
+
+    try:
+        before = dict(json.loads(path.read_text())) if path.exists() else dataset.facts
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path} is not what this program wrote ({error}); delete it") from None
+    changes = [f"{k}: {shown(v)} -> {dataset.facts.get(k)}" for k, v in before.items() if dataset.facts.get(k) != v]
     if changes:
         raise ValueError(f"the data are not those that {path.parent} was begun with ({'; '.join(changes)}); restore them, or use another --workdir")
 
 
-def _use(params, step, config, workdir, dataset, mesh, scaler) -> None:
+def _use(run: Start, params, step: int) -> None:
     """What comes after training, or in its place."""
     import jax
 
     from sde_diffusion import evaluate
 
-    if _MODE.value == "fit_solver":
-        evaluate.fit_solver(config, workdir, params, dataset.event_shape)
-    elif _MODE.value == "sample":
-        samples = evaluate.make_sampler(config, mesh, dataset.event_shape)(params, config.sample.num, config.sample.seed)
+    c, shape = run.config, run.dataset.event_shape
+    if run.mode == "fit_solver":
+        evaluate.fit_solver(c, run.workdir, params, shape)
+    elif run.mode == "sample":
+        samples = evaluate.make_sampler(c, run.mesh, shape)(params, c.sample.num, c.sample.seed)
+        evaluate.check_samples(samples)
         if jax.process_index() == 0:
-            evaluate.write_samples(config, workdir, samples, step, dataset, scaler)
+            evaluate.write_samples(c, run.workdir, samples, step, run.dataset, run.scaler)
     else:
-        evaluate.evaluate(config, workdir, params, step, dataset, mesh, scaler)
+        evaluate.evaluate(c, run.workdir, params, step, run.dataset, run.mesh, run.scaler)
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=_parse)
+    app.run(main, flags_parser=parse)

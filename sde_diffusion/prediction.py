@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from sde_diffusion.sde import SDE, Number, check, expand, known, pytree_dataclass
+from sde_diffusion.sde import SDE, Number, check, expand, known, pytree_dataclass, shown
 
 # Each maps x, the network's output F and the per-example alpha, sigma to (x0, eps).
 PREDICTIONS: dict[str, Callable] = {
@@ -43,7 +43,7 @@ NOISE_LABELS: dict[str, Callable] = {
 def lookup(table: dict, name: Any, kind: str):
     """`table[name]`, or a ValueError that lists the known names."""
     if not isinstance(name, str) or name not in table:
-        raise ValueError(f"unknown {kind} {name!r}; choose one of {', '.join(sorted(table))}")
+        raise ValueError(f"unknown {kind} {shown(name)}; choose one of {', '.join(sorted(table))}")
     return table[name]
 
 
@@ -105,7 +105,7 @@ def as_score(
     check(sigma_data > 0, f"sigma_data={sigma_data} must be positive: the standard deviation of the data")
     if prediction in ("eps", "score") and zero_terminal_snr(sde):
         raise ValueError(
-            f"prediction={prediction!r} cannot start from zero terminal SNR (alpha({sde.t_max}) = 0): "
+            f"prediction={prediction!r} cannot start from zero terminal SNR (alpha({sde.t_max}) = 0 in {sde}): "
             "use prediction='v' or 'x0', or an SDE with a smaller t_max"
         )
     # Not Partial(network): a Partial in a Partial is one static function, with its parameters as constants.
@@ -127,11 +127,12 @@ def as_pytree(fn: Callable) -> Callable:
 
 
 def zero_terminal_snr(sde: SDE) -> bool:
-    """Whether alpha(t_max) = 0; False where the SDE's fields are traced."""
+    """Whether alpha(t_max) = 0, or too small for a number of float's precision; False where the SDE's fields are traced."""
     # Inside jax.jit an operation on constants is traced as well, unless it is asked not to be.
     with jax.ensure_compile_time_eval():
-        log_snr = sde.log_snr(jnp.asarray(sde.t_max, float))
-        return not isinstance(log_snr, jax.core.Tracer) and bool(log_snr == -jnp.inf)
+        t = jnp.asarray(sde.t_max, float)
+        # The log-SNR first: where it is traced, alpha is not asked for.
+        return not isinstance(sde.log_snr(t), jax.core.Tracer) and bool(sde.alpha(t) == 0)
 
 
 def check_process(score_fn, sde: SDE) -> None:

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import pathlib
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,7 +18,8 @@ class Metrics:
     Each `write` appends one line of strict JSON, `{"step": 10, "loss": 0.5}`, and flushes it; a
     value that is not finite is the string "nan", "inf" or "-inf", which `float` reads.
     resume_step: the step that the run continues from; lines of later steps, left by a killed run,
-    are dropped. None keeps them. A torn last line is dropped in both cases, all else is kept.
+    are dropped. None keeps them. A torn last line is dropped in both cases; lines that are no
+    metrics are reported and go to `unreadable_metrics.txt`; all else is kept.
     Only one process of a run may write.
     """
 
@@ -77,11 +79,27 @@ def _repair(path: pathlib.Path, resume_step: int | None) -> None:
     lines = text.splitlines(keepends=True)
     if lines and not lines[-1].endswith(b"\n"):
         lines.pop()
-    if resume_step is not None:
-        lines = [line for line in lines if json.loads(line)["step"] <= resume_step]
+    steps = [_step(line) for line in lines]
+    strange = [line for line, step in zip(lines, steps) if step is None]
+    if strange:
+        aside = path.with_name("unreadable_metrics.txt")
+        with aside.open("ab") as file:
+            file.writelines(strange)
+        print(f"{path}: {len(strange)} line(s) that are no metrics are now in {aside}", file=sys.stderr)
+    latest = math.inf if resume_step is None else resume_step
+    lines = [line for line, step in zip(lines, steps) if step is not None and step <= latest]
     kept = b"".join(lines)
     if kept != text:
         _write_atomically(path, lambda temporary: temporary.write_bytes(kept))
+
+
+def _step(line: bytes) -> int | None:
+    """The step of a line of metrics; None where it is something else."""
+    try:
+        step = json.loads(line)["step"]
+        return step if isinstance(step, int) else None
+    except (ValueError, TypeError, KeyError, IndexError, RecursionError):
+        return None
 
 
 def _write_atomically(path: pathlib.Path, write: Callable[[pathlib.Path], Any]) -> None:

@@ -81,6 +81,12 @@ def check(condition, message: str):
         raise ValueError(message)
 
 
+def shown(value) -> str:
+    """A value as an error prints it: on one line, the middle of a long one left out."""
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:60]}...{text[-20:]}"
+
+
 class SDE:
     """dx = f(x, t) dt + g(t) dw with marginals x_t = alpha(t) x_0 + sigma(t) eps (arXiv:2011.13456; arXiv:2107.00630).
 

@@ -4,6 +4,7 @@ The batch is split over all devices. Parameters, the optimizer's state and the a
 axis "shard" (fully sharded: arXiv:1910.02054, arXiv:2304.11277); every device then gathers what it needs where it needs it.
 """
 
+import os
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -144,6 +145,13 @@ def check_batch_size(mesh: Mesh, batch_size: int, name: str, parts: int = 1) -> 
     n = mesh.devices.size * parts
     after = f" in {parts} parts" if parts > 1 else ""
     check(batch_size % n == 0, f"{name}={batch_size} does not divide over {mesh.devices.size} devices{after}; use a multiple of {n}")
+
+
+def check_memory(mesh: Mesh, size: float | int, what: str, fix: str) -> None:
+    """Raises ValueError where `size` bytes do not fit on one device of the mesh, which has at least to hold them."""
+    stats = mesh.devices.flat[0].memory_stats() or {}
+    memory = stats.get("bytes_limit") or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    check(size <= memory, f"{what} takes {size / 2**30:,.0f} GiB or more, and a device has {memory / 2**30:,.0f}; {fix}")
 
 
 def round_up(mesh: Mesh, batch_size: int) -> int:

@@ -1,6 +1,7 @@
 """Training, top to bottom."""
 
 import contextlib
+import math
 import sys
 import time
 from pathlib import Path
@@ -221,15 +222,63 @@ def prepare(config: ConfigDict, dataset: data.Dataset, mesh=None):
         len(dataset.event_shape) == 3 or not config.data.flip,
         f"data.flip=True needs images, but an example of {dataset.name} has shape {dataset.event_shape}",
     )
+    _check_images(config, dataset)
+    _check_sizes(config, dataset, mesh)
     if config.model.get("num_classes") is not None:
         check(dataset.train_labels is not None, f"model.num_classes is set, but {dataset.name} has no labels; set it to None")
-        top = int(np.max(dataset.train_labels))
+        top = int(np.max(dataset.train_labels[:]))
         check(top < config.model.num_classes, f"model.num_classes={config.model.num_classes} but {dataset.name} has label {top}")
     scaler = data.Scaler(dataset.num_levels, config.data.centered)
     if config.loss.name == "bound":
         check_values(configs.build_sde(config), scaler.values())
     abstract = jax.eval_shape(lambda: init_state(config, dataset.event_shape))
-    return mesh, scaler, like(abstract, sharding.layout(mesh, abstract))
+    layout = sharding.layout(mesh, abstract)
+    held = jax.tree.map(lambda a, s: math.prod(s.shard_shape(a.shape)) * a.dtype.itemsize, abstract, layout)
+    sharding.check_memory(
+        mesh, sum(jax.tree.leaves(held)), f"the state of model.name={config.model.name!r} (parameters, average and optimizer)",
+        "make the network smaller (channels, multipliers, num_blocks, width, depth, num_classes), or split it over more train.param_shards",
+    )  # fmt: skip
+    return mesh, scaler, like(abstract, layout)
+
+
+def _check_images(config: ConfigDict, dataset: data.Dataset) -> None:
+    """Raises ValueError for examples that the network does not take."""
+    shape = dataset.event_shape
+    if config.model.name != "unet":
+        return
+    check(
+        len(shape) == 3,
+        f"model.name='unet' needs images, but an example of {dataset.name} has shape {shape}: start from a config of model.name='mlp'",
+    )
+    levels = len(config.model.multipliers)
+    factor = 2 ** (levels - 1)
+    check(
+        shape[0] % factor == 0 and shape[1] % factor == 0,
+        f"model.multipliers={tuple(config.model.multipliers)} halve the images {levels - 1} times, but those of {dataset.name} are "
+        f"{shape[0]} x {shape[1]}: give fewer multipliers, or a data.image_size that {factor} divides",
+    )
+    heights = [shape[0] // 2**i for i in range(levels)]
+    for size in config.model.attention:
+        check(size in heights, f"model.attention={tuple(config.model.attention)}: no resolution of the network has height {size}; "
+              f"it has {', '.join(map(str, heights))}")  # fmt: skip
+
+
+def _check_sizes(config: ConfigDict, dataset: data.Dataset, mesh) -> None:
+    """Raises ValueError for batches that no device can hold; a lower bound, without what the network needs."""
+    size = 4 * math.prod(dataset.event_shape)
+    devices, c, e = mesh.devices.size, config.sample, config.eval
+    few = "take a smaller one"
+    image = f", each of shape {dataset.event_shape}"
+    parts = devices * config.train.accumulate
+    sharding.check_memory(mesh, config.train.batch_size / parts * size, f"train.batch_size={config.train.batch_size} examples{image}", few)
+    sharding.check_memory(mesh, c.batch_size / devices * size, f"sample.batch_size={c.batch_size} samples{image}", few)
+    sharding.check_memory(mesh, c.num * size, f"sample.num={c.num} samples{image}", "draw fewer")
+    batch = min(e.batch_size, len(dataset.test)) / devices * size
+    probes = math.prod(dataset.event_shape) if e.trace == "exact" else e.num_probes
+    if e.ode:
+        key = "eval.trace='exact'" if e.trace == "exact" else f"eval.num_probes={e.num_probes}"
+        sharding.check_memory(mesh, batch * probes, f"eval.batch_size={e.batch_size} with {key}{image}", few)
+    sharding.check_memory(mesh, batch * e.bound_draws, f"eval.batch_size={e.batch_size} with eval.bound_draws={e.bound_draws}{image}", few)
 
 
 def train(config: ConfigDict, workdir: Path, dataset: data.Dataset, signals: Signals | None = None) -> TrainState:

@@ -11,11 +11,13 @@ from dataclasses import fields
 from typing import Any
 
 import flax.linen as nn
+import jax
+import jax.numpy as jnp
 
 from sde_diffusion.models.mlp import MLP
 from sde_diffusion.models.unet import UNet
 from sde_diffusion.prediction import lookup
-from sde_diffusion.sde import check
+from sde_diffusion.sde import check, shown
 
 MODELS = {"mlp": MLP, "unet": UNet}
 
@@ -35,16 +37,30 @@ def build(name: str, **options: Any) -> nn.Module:
         )
     # Flax hashes a module by its fields, and a config may hold lists.
     module = network(**{k: tuple(v) if isinstance(v, list) else v for k, v in options.items()})
-    for key in ("channels", "num_blocks", "width", "depth"):
+    for key, most in (("channels", 65_536), ("num_blocks", 100), ("width", 1_000_000), ("depth", 1000)):
         value = getattr(module, key, 1)
-        check(isinstance(value, int) and value >= 1, f"model.{key}={value!r} must be an integer of at least 1")
+        check(isinstance(value, int) and 1 <= value <= most, f"model.{key}={shown(value)} must be an integer of at least 1 and at most {most:,}")
     for key in ("multipliers", "attention", "input_fourier"):
         value = getattr(module, key, ())
         whole = isinstance(value, tuple) and all(isinstance(v, int) for v in value)
-        check(whole, f"model.{key}={value!r} must be a tuple of integers, as (1, 2, 2)")
+        check(whole, f"model.{key}={shown(value)} must be a tuple of integers, as (1, 2, 2)")
     if hasattr(module, "multipliers"):
-        check(len(module.multipliers) > 0 and min(module.multipliers) >= 1, f"model.multipliers={module.multipliers} must be positive")
-    check(0 <= module.dropout < 1, f"model.dropout={module.dropout} must be in [0, 1)")
+        few = 0 < len(module.multipliers) <= 16
+        check(few and 1 <= min(module.multipliers) and max(module.multipliers) <= 1000,
+              f"model.multipliers={shown(module.multipliers)} must be positive, at most 1,000, and 1 to 16 of them")  # fmt: skip
+    waves = getattr(module, "input_fourier", ())
+    check(len(waves) <= 64 and all(abs(n) <= 32 for n in waves),
+          f"model.input_fourier={shown(waves)} must be exponents from -32 to 32, at most 64 of them")  # fmt: skip
+    # A rate next to 1 keeps nothing in float32.
+    check(0 <= module.dropout <= 1 - 2**-24, f"model.dropout={module.dropout} must be in [0, 1)")
+    scale = module.embedding_scale
+    check(scale is None or 1e-30 < scale < 1e30, f"model.embedding_scale={scale} must be positive, or None for the embedding's usual one")
+    classes = module.num_classes
+    check(classes is None or 1 <= classes < 2**31 - 1, f"model.num_classes={classes} must be at least 1, or None for no classes")
+    for key in ("dtype", "param_dtype"):
+        value = getattr(module, key)
+        names = {"float32": 0, "bfloat16": 0, "float16": 0, **({"float64": 0} if jax.config.jax_enable_x64 else {})}
+        lookup(names, value if isinstance(value, str) else jnp.dtype(value).name, f"model.{key}")
     return module
 
 

@@ -88,7 +88,7 @@ def check_t_end(sde: SDE, t_end):
     check(np.ndim(t_end) == 0 and not isinstance(t_end, str), f"t_end={t_end!r} must be one number, a time of the SDE")
     if known(t_end, sde.t_train, sde.t_max):
         check(
-            sde.t_train <= t_end < sde.t_max,
+            sde.t_train <= t_end < sde.t_max and np.float32(t_end) < np.float32(sde.t_max),
             f"t_end={t_end} is outside the range of {type(sde).__name__}: choose t_train={sde.t_train} <= t_end < "
             f"t_max={sde.t_max}, or None for t_min={sde.t_min}",
         )

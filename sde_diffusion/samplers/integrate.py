@@ -71,7 +71,7 @@ def check_start(solver: Solver, name: str, sde: SDE, num_steps: int) -> None:
     )
     if not solver.zero_snr and zero_terminal_snr(sde):
         raise ValueError(
-            f"{name!r} needs alpha > 0, but alpha({sde.t_max}) = 0 (zero terminal SNR); use 'adams', 'ddim' or "
+            f"{name!r} needs alpha > 0, but alpha({sde.t_max}) = 0 in {sde} (zero terminal SNR); use 'adams', 'ddim' or "
             "'ancestral'"
         )
 

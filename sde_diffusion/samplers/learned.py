@@ -25,6 +25,11 @@ from sde_diffusion.sde import SDE, check, known, pytree_dataclass
 
 # Random directions of each end point in which its derivatives are taken.
 _PROBES = 2
+# Times at which the log-SNR tells one SDE from another.
+_POINTS = 9
+
+
+_ARRAYS = (*(f.name for f in dataclasses.fields(Table) if f.name not in ("noise", "stages")), "times", "process")
 
 
 @pytree_dataclass
@@ -48,14 +53,20 @@ class LearnedSolver:
 
     def check(self, sde: SDE) -> None:
         """Raises ValueError for another SDE than it was fitted to."""
-        if not known(self.process, *jax.tree.leaves(sde)):
+        if not known(self.process, self.times, *jax.tree.leaves(sde)):
             return
         # Inside jax.jit an operation on constants is traced as well, unless it is asked not to be.
         with jax.ensure_compile_time_eval():
             same = bool(jnp.allclose(jnp.asarray(self.process), _process(sde), rtol=1e-3, atol=1e-3))
         check(
             same,
-            f"this solver was fitted to {json.loads(self.facts)['sde']}, not to {sde}: fit_solver makes one for it",
+            f"this solver was fitted to {json.loads(self.facts)['sde'][:200]}, not to {sde}: fit_solver makes one for it",
+        )
+        first, last = np.asarray(self.times)[[0, -1]].tolist()
+        check(
+            abs(first - sde.t_max) <= 1e-6 * sde.t_max and last >= sde.t_train * (1 - 1e-6),
+            f"this solver runs from t={first:g} to {last:g}, but {type(sde).__name__} from t_max={sde.t_max} to t_train={sde.t_train} "
+            "at the least: fit it again",
         )
 
     def save(self, path: str | Path) -> Path:
@@ -77,24 +88,28 @@ class LearnedSolver:
           ValueError: not such a file, or arrays that do not fit together.
         """
         try:
+            check(Path(path).stat().st_size <= 2**25, "more than 32 MiB")
             plain = json.loads(Path(path).read_text())
-            facts = json.dumps(plain.pop("facts"))
-            arrays = {k: jnp.asarray(np.asarray(v, np.float64), float) for k, v in plain.items()}
-            times, process = arrays.pop("times"), arrays.pop("process")
-            table = Table(**arrays)
-            n = times.shape[0] - 1
-            fits = all(v.shape == (n,) for k, v in arrays.items() if k != "history") and table.history.shape[0] == n
-            finite = all(bool(jnp.isfinite(v).all()) for v in (*arrays.values(), times))
-            if not (fits and finite and n >= 1):
-                raise ValueError("its arrays do not fit together")
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError, IndexError) as error:
-            raise ValueError(f"{path} is not a solver that LearnedSolver.save wrote ({error}); fit and save it again") from None
-        return cls(table, times, process, facts)
+            check(isinstance(plain, dict) and plain.keys() == {*_ARRAYS, "facts"}, f"it needs facts, {', '.join(_ARRAYS)}")
+            facts = plain.pop("facts")
+            check(isinstance(facts, dict) and isinstance(facts.get("sde"), str), "its facts do not tell the SDE")
+            arrays = {k: np.asarray(v, np.float64) for k, v in plain.items()}
+            check(all((np.abs(v) < 3e38).all() for v in arrays.values()), "a number is not finite")
+            n, width = len(arrays["times"]) - 1, arrays["history"].shape[-1]
+            shapes = {**dict.fromkeys(arrays, (n,)), "times": (n + 1,), "history": (n, width), "process": (2, _POINTS)}
+            fits = n >= 1 and 1 <= width <= n and all(v.shape == shapes[k] for k, v in arrays.items())
+            check(fits and (np.diff(arrays["times"]) < 0).all(), "its arrays do not fit together")
+        except (OSError, KeyError, TypeError, ValueError, IndexError, RecursionError, OverflowError) as error:
+            reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
+            raise ValueError(f"{path} is not a solver that LearnedSolver.save wrote ({reason}); fit and save it again") from None
+        arrays = {k: jnp.asarray(v, float) for k, v in arrays.items()}
+        times, process = arrays.pop("times"), arrays.pop("process")
+        return cls(Table(**arrays), times, process, json.dumps(facts))
 
 
 def _process(sde):
     # Up to t_max, where alpha may be 0.
-    t = jnp.linspace(0.02, 0.98, 9) * sde.t_max
+    t = jnp.linspace(0.02, 0.98, _POINTS) * sde.t_max
     return jnp.stack([sde.log_snr(t), sde.log_alpha(t)])
 
 

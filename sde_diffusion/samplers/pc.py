@@ -66,7 +66,7 @@ def sample_pc(
     snr: float = 0.16,
     corrector_steps: int = 1,
     num_steps: int = 1000,
-    grid: str | Float[Array, " times"] = "uniform",
+    grid: str | Float[Array, " times"] | None = "uniform",
     t_end: float | None = None,
     init: Float[Array, "b ..."] | None = None,
     denoise: bool = True,
