@@ -18,10 +18,12 @@ and torch, as far as the two agree on CUDA's libraries) or a TPU: no option is n
 - Memory: the most that one device held in update and sampler; where the device does not tell (CPU), what the update's program asks.
 - PyTorch (`experiments.torch_unet`): the same network from the same parameters, Adam, clipping, average, dropout; torch.compile,
   channels last, bfloat16 by autocast. Its steps are timed in turn with the library's, in the same rounds. On one device, CPU or
-  CUDA, where torch is installed and has the network's options; else the reason is told.
+  CUDA, where torch is installed and has the network's options; else the reason is told. On a CPU with all of its threads or with one,
+  whichever is the faster before compiling. A ratio taken on a CPU that other processes use says little; look at its range.
 """
 
 import argparse
+import copy
 import importlib.metadata
 import importlib.util
 import json
@@ -131,6 +133,18 @@ def _torch_step(config, params, x, mode):
         "torch": torch.__version__, "cuda": torch.version.cuda if device.type == "cuda" else None, "parameters": sum(p.numel() for p in net.parameters()),
     }  # fmt: skip
 
+    if device.type == "cpu":
+        # OpenMP's threads wait for one another at every operation: where other processes use the cores, that is most of the step.
+        trial = copy.deepcopy(net)
+        step = torch_unet.make_step(trial, config.optim, flip=config.data.flip, bfloat16=config.model.dtype == "bfloat16", compiled=False)
+        took = {}
+        for threads in {torch.get_num_threads(), 1}:
+            torch.set_num_threads(threads)
+            step(images)
+            took[threads] = min(_seconds(lambda: step(images)) for _ in range(3))
+        facts["threads"] = min(took, key=took.get)
+        torch.set_num_threads(facts["threads"])
+
     for compiled in (True, False) if mode == "compile" else (False,):
         step = torch_unet.make_step(
             net, config.optim, flip=config.data.flip, bfloat16=config.model.dtype == "bfloat16", compiled=compiled
@@ -223,7 +237,8 @@ def measure(config, shape: tuple[int, ...], rounds: int = 5, torch_mode: str = "
     if other_step:
         other["step_s"] = statistics.median(theirs for _, theirs in pairs)
         other["images_per_s"] = batch_size / other["step_s"]
-        other["step_s_over_ours"] = statistics.median(theirs / ours for ours, theirs in pairs)
+        ratios = [theirs / ours for ours, theirs in pairs]
+        other |= {"step_s_over_ours": statistics.median(ratios), "lowest_ratio": min(ratios), "highest_ratio": max(ratios)}
     return figures | {"pytorch": other}
 
 
@@ -245,12 +260,13 @@ def show(f: dict) -> None:
     if "torch" in other:
         how = "compiled" if other.get("compiled") else "eager"
         cuda = f", CUDA {other['cuda']}" if other["cuda"] else ""
+        cuda += f", {other['threads']} thread(s)" if "threads" in other else ""
         rows.append(("PyTorch", f"torch {other['torch']}{cuda}, {how}, {other['parameters']:,} parameters"))
     if "skipped" in other:
         rows.append(("PyTorch", f"not measured: {other['skipped']}"))
     else:
         rows.append(("PyTorch training step", f"{other['step_s'] * 1e3:,.1f} ms, {other['images_per_s']:,.1f} images/s"))
-        rows.append(("PyTorch / this library", f"{other['step_s_over_ours']:.2f} of the step time above"))
+        rows.append(("PyTorch / this library", f"{other['step_s_over_ours']:.2f} of the step time, {other['lowest_ratio']:.2f} to {other['highest_ratio']:.2f} in the rounds"))
     for name, value in rows:
         print(f"{name:<24}{value}")
 
