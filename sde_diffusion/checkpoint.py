@@ -163,7 +163,7 @@ def _damage(folder: Path) -> str:
             there = _checksums(folder)
             bad = [name for name, value in wanted.items() if there.get(name) != value]
             found = f"{bad[0]} is not as it was written" if bad else ""
-        except (OSError, ValueError, TypeError) as error:
+        except (OSError, ValueError, TypeError, RecursionError) as error:
             found = f"its {CHECKSUMS} cannot be read ({error})"
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
