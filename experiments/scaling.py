@@ -202,7 +202,9 @@ def start(folder: Path, workdir: str, *flags, count=1, per=8) -> list[subprocess
 def finish(processes) -> None:
     for process in processes:
         if process.wait(timeout=600) != 0:
-            raise SystemExit(f"{' '.join(process.args)} ended with status {process.returncode}")
+            log = next(Path(arg.partition("=")[2]) for arg in process.args if arg.startswith("--workdir="))
+            said = "".join(p.read_text()[-2000:] for p in sorted(log.parent.glob(f"{log.name}_*.log")))
+            raise SystemExit(f"{' '.join(process.args)} ended with status {process.returncode}: {said}")
 
 
 def final(folder: Path, workdir: str):

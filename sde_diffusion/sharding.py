@@ -149,7 +149,8 @@ def check_batch_size(mesh: Mesh, batch_size: int, name: str, parts: int = 1) -> 
 
 def check_memory(mesh: Mesh, size: float | int, what: str, fix: str) -> None:
     """Raises ValueError where `size` bytes do not fit on one device of the mesh, which has at least to hold them."""
-    stats = mesh.devices.flat[0].memory_stats() or {}
+    device = next(d for d in mesh.devices.flat if d.process_index == jax.process_index())
+    stats = device.memory_stats() or {}
     memory = stats.get("bytes_limit") or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     check(size <= memory, f"{what} takes {size / 2**30:,.0f} GiB or more, and a device has {memory / 2**30:,.0f}; {fix}")
 
