@@ -88,7 +88,8 @@ class Checkpoints:
     def restore(self, like: Any, step: int | None = None) -> tuple[int, Any]:
         """`(step, state)` of the newest checkpoint that can be read, or of the given step.
 
-        One that cannot be read is reported, moved to `workdir/unreadable_step_N` and passed over.
+        One that cannot be read is reported and passed over; with an older one to go on from, it is moved to
+        `workdir/unreadable_step_N`.
 
         Args:
           like: a pytree of `jax.ShapeDtypeStruct` with shardings, or of arrays: the structure, dtypes and shardings of the state.
@@ -98,13 +99,12 @@ class Checkpoints:
         """
         wanted = _without_empty(like)
         steps = sorted(self.manager.all_steps(), reverse=True) if step is None else [step]
+        passed_over = []
         for step in steps:
-            damage = _damage(self.path / f"step_{step}")
-            if damage:
-                print(f"the checkpoint of step {step} is damaged: {damage}; going back to the one before", file=sys.stderr)
-                self._set_aside(step)
-                continue
             try:
+                damage = _damage(self.path / f"step_{step}")
+                if damage:
+                    raise OSError(damage)
                 with _quiet():
                     _check_arrays(self.manager.item_metadata(step), wanted)
                     state = self.manager.restore(step, args=ocp.args.StandardRestore(wanted))
@@ -112,11 +112,13 @@ class Checkpoints:
                     raise ValueError(f"it holds the state of step {int(state['step'])}")
             except Exception as error:  # of many kinds, by the file that is damaged
                 reason = " ".join(str(error).split())[:200]
-                print(f"the checkpoint of step {step} cannot be read ({type(error).__name__}: {reason}); going back to the one before", file=sys.stderr)
-                self._set_aside(step)
+                print(f"the checkpoint of step {step} cannot be read ({reason}); going back to the one before", file=sys.stderr)
+                passed_over.append(step)
             else:
+                for other in passed_over:
+                    self._set_aside(other)
                 return step, like._replace(**state) if hasattr(like, "_replace") else state
-        raise OSError(f"no checkpoint in {self.path} can be read, of steps {', '.join(map(str, steps))}; use another --workdir")
+        raise OSError(f"no checkpoint in {self.path} can be read, of steps {', '.join(map(str, steps))}; restore one, or use another --workdir")
 
     def _set_aside(self, step):
         if not self.read_only and jax.process_index() == 0:
@@ -162,7 +164,7 @@ def _damage(folder: Path) -> str:
             wanted = dict(json.loads((folder / CHECKSUMS).read_text()))
             there = _checksums(folder)
             bad = [name for name, value in wanted.items() if there.get(name) != value]
-            found = f"{bad[0]} is not as it was written" if bad else ""
+            found = f"its file {bad[0]} is not as it was written" if bad else ""
         except (OSError, ValueError, TypeError, RecursionError) as error:
             found = f"its {CHECKSUMS} cannot be read ({error})"
     if jax.process_count() > 1:
