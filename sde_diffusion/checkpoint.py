@@ -16,6 +16,8 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from sde_diffusion.data import Unreadable
+
 CHECKSUMS = "checksums.json"  # in a step's folder: Orbax itself reads back a flipped bit as another number
 
 
@@ -73,12 +75,14 @@ class Checkpoints:
         if self.unsealed is not None:
             with self._writing(self.unsealed.name.removeprefix("step_")):
                 self.manager.wait_until_finished()
-                self.seal()
+            self.seal()
 
     def seal(self) -> None:
         """Adds the checksums of its files to the checkpoint saved last, once it is written; returns at once before that."""
         if self.unsealed is None or self.manager.is_saving_in_progress():
             return
+        with self._writing(self.unsealed.name.removeprefix("step_")):
+            self.manager.wait_until_finished()  # which raises what went wrong
         if jax.process_index() == 0 and self.unsealed.is_dir():
             temporary = self.unsealed / f"{CHECKSUMS}.tmp"
             temporary.write_text(json.dumps(_checksums(self.unsealed), indent=0))
@@ -95,7 +99,7 @@ class Checkpoints:
           like: a pytree of `jax.ShapeDtypeStruct` with shardings, or of arrays: the structure, dtypes and shardings of the state.
 
         Raises:
-          OSError: none can be read.
+          Unreadable: none can be read.
         """
         wanted = _without_empty(like)
         steps = sorted(self.manager.all_steps(), reverse=True) if step is None else [step]
@@ -110,24 +114,34 @@ class Checkpoints:
                     state = self.manager.restore(step, args=ocp.args.StandardRestore(wanted))
                 if isinstance(state, dict) and int(state.get("step", step)) != step:
                     raise ValueError(f"it holds the state of step {int(state['step'])}")
+                reason = ""
             except Exception as error:  # of many kinds, by the file that is damaged
-                reason = " ".join(str(error).split())[:200]
+                reason = " ".join(str(error).split())[:200] or type(error).__name__
+            if not _all_agree(not reason):
+                reason = reason or "another process could not"
                 print(f"the checkpoint of step {step} cannot be read ({reason}); going back to the one before", file=sys.stderr)
                 passed_over.append(step)
             else:
-                for other in passed_over:
-                    self._set_aside(other)
+                self._set_aside(passed_over)
                 return step, like._replace(**state) if hasattr(like, "_replace") else state
-        raise OSError(f"no checkpoint in {self.path} can be read, of steps {', '.join(map(str, steps))}; restore one, or use another --workdir")
+        if self.read_only:
+            # A run that goes on beside this reader may have written another, and deleted these.
+            self.manager.reload()
+            if set(self.manager.all_steps()) - set(steps):
+                return self.restore(like)
+        raise Unreadable(f"no checkpoint in {self.path} can be read, of steps {', '.join(map(str, steps))}; restore one, or use another --workdir")
 
-    def _set_aside(self, step):
-        if not self.read_only and jax.process_index() == 0:
+    def _set_aside(self, steps):
+        if self.read_only or not steps:
+            return
+        for step in steps if jax.process_index() == 0 else ():
             target = self.path.parent / f"unreadable_step_{step}"
             number = 0
             while target.exists():
                 number += 1
                 target = target.with_name(f"unreadable_step_{step}_{number}")
             (self.path / f"step_{step}").rename(target)
+        _all_agree(True)  # no process lists the folder before it is done
         self.manager.reload()
 
     def close(self) -> None:
@@ -167,12 +181,16 @@ def _damage(folder: Path) -> str:
             found = f"its file {bad[0]} is not as it was written" if bad else ""
         except (OSError, ValueError, TypeError, RecursionError) as error:
             found = f"its {CHECKSUMS} cannot be read ({error})"
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
-        if multihost_utils.broadcast_one_to_all(np.int32(bool(found))) and not found:
-            found = "as process 0 says"
     return found
+
+
+def _all_agree(mine: bool) -> bool:
+    """Whether it is so for all processes, which wait for each other here."""
+    if jax.process_count() == 1:
+        return mine
+    from jax.experimental import multihost_utils
+
+    return bool(multihost_utils.process_allgather(np.int32(mine)).all())
 @contextlib.contextmanager
 def _quiet():
     """Keeps back what threads print: of a damaged checkpoint each array that is still being read has a traceback of its own."""

@@ -116,7 +116,7 @@ def defaults() -> dict[str, Any]:
 
 # A run may go on with other values of these; every other key is part of what its checkpoints mean.
 FREE = ("sample", "eval", "train.num_steps", "train.log_every", "train.sample_every", "train.checkpoint_every",
-        "train.keep_checkpoints", "train.max_bad_steps", "train.param_shards", "data.data_dir")  # fmt: skip
+        "train.keep_checkpoints", "train.max_bad_steps", "train.param_shards", "model.remat", "data.data_dir")  # fmt: skip
 
 
 def _options(cls) -> dict[str, Any]:

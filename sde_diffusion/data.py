@@ -584,10 +584,15 @@ def _tfds_builder(tfds: Any, name: str, data_dir: str | None) -> Any:
     return builder
 
 
-def _unreadable(name: str, builder: Any, error: Exception) -> OSError:
-    return OSError(
-        f"TFDS data set {name!r} in {builder.data_dir} cannot be read ({error}); prepare it again"
-    )
+def _unreadable(name: str, folder: Any, error: Exception) -> OSError:
+    return OSError(f"TFDS data set {name!r} in {folder} cannot be read ({error}); prepare it again")
+
+
+def _read_records(source: Any, name: str, folder: str, positions: list[int]) -> Sequence[Any]:
+    try:
+        return source.__getitems__(positions)
+    except RuntimeError as error:
+        raise _unreadable(name, folder, error) from None
 
 
 def _check_feature_names(name: str, data_dir: str | None) -> None:
@@ -640,14 +645,8 @@ def _load_tfds(
             source = builder.as_data_source(split, decoders={key: tfds.decode.SkipDecoding()})
             rows = np.arange(len(source))
         except RuntimeError as error:
-            raise _unreadable(name, builder, error) from None
-
-        def records(positions):
-            try:
-                return source.__getitems__(positions)
-            except RuntimeError as error:
-                raise _unreadable(name, builder, error) from None
-
+            raise _unreadable(name, builder.data_dir, error) from None
+        records = functools.partial(_read_records, source, name, str(builder.data_dir))
         decode = functools.partial(
             _from_bytes, image_size=image_size, channels=item_shape[-1], origin=f"{name} {split}"
         )

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import os
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -207,7 +208,7 @@ def _of_each(config, fn, params, mesh, examples, partial: Path | None) -> np.nda
         numbers, batch, mask = sharding.put_batch(mesh, (numbers, batch, mask))
         values.append(_to_host(of_batch(params, numbers, batch))[_to_host(mask)])
         if partial is not None and jax.process_index() == 0:
-            temporary = partial.with_suffix(".tmp.npz")
+            temporary = partial.with_suffix(f".{os.getpid()}.tmp.npz")
             np.savez(temporary, values=np.concatenate(values))
             temporary.replace(partial)
     return np.concatenate(values).astype(np.float64)

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import json
+import math
 import os
 import runpy
 import sys
@@ -177,7 +178,7 @@ def _check_writable(workdir: Path) -> None:
         raise PermissionError(f"{there} cannot be written to; name another --workdir")
 
 
-def _join_processes(distributed: bool) -> None:
+def _join_processes(distributed: bool = False) -> None:
     """Where a launcher or the flag says so, meets the other processes of the run, by JAX's distributed runtime.
 
     JAX finds the others by itself under Slurm and on TPU pods; elsewhere JAX_COORDINATOR_ADDRESS (host:port of process 0),
@@ -213,8 +214,10 @@ def start(values: flags.FlagValues = flags.FLAGS) -> Start:
     """
     if not values.workdir:
         _fail("--workdir is missing; name a folder for this run, as --workdir=runs/digits")
+    import jax
+
     from sde_diffusion import config as configs
-    from sde_diffusion import data, train
+    from sde_diffusion import data, sharding, train
     from sde_diffusion.checkpoint import Checkpoints
 
     try:
@@ -246,7 +249,10 @@ def start(values: flags.FlagValues = flags.FLAGS) -> Start:
         dataset = data.load(**configs.data_options(config))
         if step is not None:
             _check_same_data(workdir / "data.json", dataset)
-        return Start(values.mode, workdir, config, dataset, *train.prepare(config, dataset))
+        # What was trained on many devices can be looked at on any number.
+        shards = math.gcd(config.train.param_shards, jax.device_count())
+        mesh = None if values.mode == "train" else sharding.make_mesh(shards=shards)
+        return Start(values.mode, workdir, config, dataset, *train.prepare(config, dataset, mesh))
     except (AttributeError, KeyError, ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
         _fail(error)
 
@@ -265,6 +271,11 @@ def main(_):
 
     _join_processes(flags.FLAGS.distributed)
     run = start()
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        # None writes to the workdir before all have looked at it.
+        multihost_utils.sync_global_devices("all processes have started")
 
     from sde_diffusion import config as configs
     from sde_diffusion import train
@@ -290,15 +301,17 @@ def main(_):
                 with Checkpoints(run.workdir, read_only=True) as checkpoints:
                     step, state = checkpoints.restore(run.abstract)
             _use(run, state.ema, step)
-    except (FloatingPointError, OSError, Unreadable) as error:
+    except (FloatingPointError, Unreadable) as error:
+        _fail(error, at_once=True)
+    except OSError as error:
         full = getattr(error, "errno", None) == errno.ENOSPC
         what = f"no space is left in {run.workdir}; free some" if full else error
         _fail(f"{what}; the same command goes on from the last checkpoint", at_once=True)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        _fail(f"out of memory ({str(error).splitlines()[0][:200]}); lower the batch_size of train, sample or eval, raise "
-              "train.accumulate or train.param_shards, or set model.remat")  # fmt: skip
+        _fail(f"out of memory ({str(error).splitlines()[0][:200]}); set model.remat, raise train.param_shards, or lower the "
+              "batch_size of sample or eval; in another workdir also train.accumulate and train.batch_size")  # fmt: skip
     except Stopped as stop:
         print(f"stopped by {stop}; the same command goes on from the last checkpoint in {run.workdir}", file=sys.stderr, flush=True)
         if jax.process_count() > 1 and not stop.agreed:

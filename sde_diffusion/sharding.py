@@ -30,7 +30,8 @@ def make_mesh(devices: Any = None, shards: int = 1) -> Mesh:
     Raises:
       ValueError: shards that do not divide the devices.
     """
-    devices = np.asarray(jax.devices() if devices is None else devices)
+    # In the order of the processes, as they read their parts of a batch.
+    devices = np.asarray(sorted(jax.devices(), key=lambda d: (d.process_index, d.id)) if devices is None else devices)
     check(
         shards >= 1 and devices.size % shards == 0,
         f"train.param_shards={shards} does not divide {devices.size} devices; use a divisor of {devices.size}",
@@ -115,18 +116,22 @@ def over_axis(name: str) -> Callable[[Callable], Callable]:
     """
 
     @jax.custom_vjp
-    def mean_gradient(variables):
-        return variables
+    def mean_gradient(arrays):
+        return arrays
 
     mean_gradient.defvjp(lambda v: (v, None), lambda _, g: (jax.lax.pmean(g, name),))
 
     def wrap(apply):
-        def split_apply(variables, *batch, **options):
-            def part(a):
-                size = a.shape[0] // jax.lax.axis_size(name)
-                return jax.lax.dynamic_slice_in_dim(a, jax.lax.axis_index(name) * size, size)
+        def split_apply(variables, x, c, **options):
+            count = jax.lax.axis_size(name)
+            check(len(x) % count == 0, f"a batch of {len(x)} does not divide over the {count} devices of jax.pmap; use a multiple of {count}")
 
-            out = apply(mean_gradient(variables), *jax.tree.map(part, batch), **jax.tree.map(part, options))
+            def part(a):
+                return jax.lax.dynamic_slice_in_dim(a, jax.lax.axis_index(name) * (len(x) // count), len(x) // count)
+
+            # The sum over devices in the gradient of what is gathered below counts every device's loss.
+            variables, x, c = mean_gradient((variables, x, c))
+            out = apply(variables, part(x), part(c), **jax.tree.map(part, options))
             return jax.lax.all_gather(out, name, tiled=True)
 
         return split_apply
@@ -151,8 +156,13 @@ def check_memory(mesh: Mesh, size: float | int, what: str, fix: str) -> None:
     """Raises ValueError where `size` bytes do not fit on one device of the mesh, which has at least to hold them."""
     device = next(d for d in mesh.devices.flat if d.process_index == jax.process_index())
     stats = device.memory_stats() or {}
-    memory = stats.get("bytes_limit") or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    memory = stats.get("bytes_limit") or host_memory()
     check(size <= memory, f"{what} takes {size / 2**30:,.0f} GiB or more, and a device has {memory / 2**30:,.0f}; {fix}")
+
+
+def host_memory() -> int:
+    """Bytes of this machine's memory."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def round_up(mesh: Mesh, batch_size: int) -> int:

@@ -45,12 +45,17 @@ class Signals:
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
-        """Within it the first signal is kept in `received`, for a loop that ends where it can be taken up again."""
+        """Within it the first signal is kept in `received`, for a loop that ends where it can be taken up again.
+
+        Raises `Stopped` at its end where the loop did not.
+        """
         self._waits = True
         try:
             yield
         finally:
             self._waits = False
+        if self.received is not None:
+            raise Stopped(self.received)
 
 
 @contextlib.contextmanager
@@ -67,6 +72,8 @@ def locked(workdir: Path) -> Iterator[None]:
             file.seek(0)
             owner = file.read().strip() or "another process"
             raise BlockingIOError(f"another run writes to {workdir} ({owner}); wait for it, stop it, or use another --workdir") from None
+        except OSError:  # a file system without locks
+            pass
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()

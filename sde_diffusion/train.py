@@ -46,12 +46,13 @@ class Totals(NamedTuple):
     level_loss: Any  # (NUM_LEVELS,)
     level_count: Any
     level_bad: Any  # examples whose loss was not finite, (NUM_LEVELS,)
+    most_bad_steps: Any  # the longest row of skipped updates so far
 
 
 def zero_totals() -> Totals:
     """Sums over no updates."""
     zero = np.zeros((), np.float32)
-    return Totals(zero, zero, zero, zero, *np.zeros((3, NUM_LEVELS), np.float32))
+    return Totals(zero, zero, zero, zero, *np.zeros((3, NUM_LEVELS), np.float32), np.zeros((), np.int32))
 
 
 def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
@@ -124,9 +125,9 @@ def _accumulate(gradients, parts: int):
             return jax.tree.map(jnp.add, total, grads), (losses, t)
 
         split = jax.tree.map(lambda a: jnp.moveaxis(a.reshape(-1, parts, *a.shape[1:]), 1, 0), batch)
-        zeros = jax.tree.map(jnp.zeros_like, params)
+        zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.promote_types(p.dtype, jnp.float32)), params)
         grads, (losses, t) = jax.lax.scan(part, zeros, (jnp.arange(parts), split))
-        return losses.T.reshape(-1), t.T.reshape(-1), jax.tree.map(lambda g: g / parts, grads)
+        return losses.T.reshape(-1), t.T.reshape(-1), jax.tree.map(lambda g, p: (g / parts).astype(p.dtype), grads, params)
 
     return accumulated if parts > 1 else gradients
 
@@ -182,6 +183,7 @@ def make_update(config: ConfigDict, scaler: data.Scaler, distribute=None):
             level_loss=totals.level_loss + jnp.where(good, losses, 0.0) @ member,
             level_count=totals.level_count + good * member.sum(axis=0),
             level_bad=totals.level_bad + ~jnp.isfinite(losses) @ member,
+            most_bad_steps=jnp.maximum(totals.most_bad_steps, bad_steps),
         )
         return TrainState(state.step + 1, params, ema, opt_state, bad_steps, times), totals
 
@@ -272,9 +274,9 @@ def _check_sizes(config: ConfigDict, dataset: data.Dataset, mesh) -> None:
     parts = devices * config.train.accumulate
     sharding.check_memory(mesh, config.train.batch_size / parts * size, f"train.batch_size={config.train.batch_size} examples{image}", few)
     sharding.check_memory(mesh, c.batch_size / devices * size, f"sample.batch_size={c.batch_size} samples{image}", few)
-    sharding.check_memory(mesh, c.num * size, f"sample.num={c.num} samples{image}", "draw fewer")
-    batch = min(e.batch_size, len(dataset.test)) / devices * size
-    probes = math.prod(dataset.event_shape) if e.trace == "exact" else e.num_probes
+    check(c.num * size <= sharding.host_memory(), f"sample.num={c.num} samples{image} do not fit in this machine's memory; draw fewer")
+    batch = min(e.batch_size, len(dataset.test), e.num_examples or len(dataset.test)) / devices * size
+    probes = min(math.prod(dataset.event_shape), 1024) if e.trace == "exact" else e.num_probes
     if e.ode:
         key = "eval.trace='exact'" if e.trace == "exact" else f"eval.num_probes={e.num_probes}"
         sharding.check_memory(mesh, batch * probes, f"eval.batch_size={e.batch_size} with {key}{image}", few)
@@ -300,7 +302,7 @@ def train(config: ConfigDict, workdir: Path, dataset: data.Dataset, signals: Sig
     main_host = jax.process_index() == 0
     say = print if main_host else lambda *args, **options: None
 
-    with Checkpoints(workdir, c.keep_checkpoints) as checkpoints:
+    with signals.waiting() if signals else contextlib.nullcontext(), Checkpoints(workdir, c.keep_checkpoints) as checkpoints:
         if checkpoints.latest_step() is None:
             start = 0
             state = jax.jit(
@@ -340,7 +342,6 @@ def train(config: ConfigDict, workdir: Path, dataset: data.Dataset, signals: Sig
         with (
             (report.Metrics(workdir, resume_step=start) if main_host else contextlib.nullcontext()) as metrics,
             tqdm(total=c.num_steps, initial=start, unit="step", disable=not main_host, file=sys.stderr) as bar,
-            signals.waiting() if signals else contextlib.nullcontext(),
         ):
             ready = None  # totals of a finished interval, read one step later so that the device never waits
             clock = None
@@ -355,7 +356,7 @@ def train(config: ConfigDict, workdir: Path, dataset: data.Dataset, signals: Sig
                     ready = None
                     checkpoints.seal()
                 done = step + 1
-                stop = _stop(signals, done % c.log_every == 0)
+                stop = _stop(signals, done % c.log_every == 0 or done == c.num_steps)
                 last = done == c.num_steps or stop is not None
                 if done % c.log_every == 0 or last:
                     ready = (done, totals)
@@ -365,7 +366,7 @@ def train(config: ConfigDict, workdir: Path, dataset: data.Dataset, signals: Sig
                         _log(config, metrics, bar, *ready, clock, state)
                         ready = None
                     jax.block_until_ready(state)
-                    if int(state.bad_steps) == 0 and (done % c.checkpoint_every == 0 or last):
+                    if done % c.checkpoint_every == 0 or last:
                         checkpoints.save(done, state)
                     if done % c.sample_every == 0 and not last:
                         samples = draw(state.ema, min(100, config.sample.num), config.sample.seed)
@@ -402,13 +403,13 @@ def _log(config, metrics, bar, step, totals, clock, state):
         metrics.write(step, row)
     bar.set_postfix_str(f"loss {row['loss']:.4g}")
     if totals.skipped:
-        bad = int(state.bad_steps)
+        bad = int(totals.most_bad_steps)
         levels = ", ".join(f"{n} at log-SNR {name.partition('/')[2]}" for name, n in row.items() if name.startswith("non_finite"))
         where = f" (examples: {levels})" if levels else ""
         tqdm.write(f"step {step}: {int(totals.skipped)} update(s) skipped for a non-finite loss or gradient{where}", file=sys.stderr)
         if bad >= config.train.max_bad_steps:
             raise FloatingPointError(
-                f"the loss was not finite in {bad} updates in a row up to step {int(state.step)}: lower optim.lr, or look at the "
+                f"the loss was not finite in {bad} updates in a row up to step {step}: lower optim.lr, or look at the "
                 "loss_by_log_snr of the last good lines in metrics.jsonl; checkpoints from before are intact"
             )
     return step, now

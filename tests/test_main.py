@@ -166,7 +166,7 @@ def test_importing_the_library_is_light():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name, extra", [("vp_mnist", []), ("vp_cifar", ["--config.model.attention=()"])])
+@pytest.mark.parametrize("name, extra", [("vp_mnist", ["--config.model.attention=(14,)"]), ("vp_cifar", ["--config.model.attention=()"])])
 def test_the_real_data_train(name, extra, tmp_path):
     if not os.environ.get("TFDS_DATA_DIR"):
         pytest.skip("TFDS_DATA_DIR is not set: no prepared MNIST and CIFAR-10")

@@ -159,3 +159,21 @@ def test_a_conditional_learned_and_sharded_run(digits):
     np.testing.assert_allclose(a[2].loss, b[2].loss, rtol=1e-5)
     close(a[1].params, b[1].params, 1e-5)
     assert configs.build_score(config(1), b[1].params)(jnp.ones((2, 8, 8, 1)), jnp.full(2, 0.5)).shape == (2, 8, 8, 1)
+
+
+def test_a_learned_schedule_under_pmap(digits):
+    """Its gradient goes through the network's input as well."""
+    config = experiment(
+        sde=dict(name="linear_log_snr"), model=dict(name="mlp", width=16, depth=1),
+        prediction=dict(kind="edm", noise_label="log_snr"), loss=dict(name="bound", learn_schedule=True),
+        train=dict(batch_size=BATCH),
+    )  # fmt: skip
+    _, state, totals, _ = trained(config, digits, jax.devices()[:1], 2)
+    update = jax.pmap(train.make_update(config, SCALER, sharding.over_axis("i")), axis_name="i", in_axes=(0, 0, None))
+    copies = lambda tree: jax.tree.map(lambda a: jnp.broadcast_to(a, (8, *a.shape)), tree)  # noqa: E731
+    many, sums = copies(train.init_state(config, digits.event_shape)), copies(train.zero_totals())
+    for step in range(2):
+        many, sums = update(many, sums, data.batches(digits, BATCH, 0)[step])
+    np.testing.assert_allclose(sums.grad_norm, totals.grad_norm, rtol=1e-5)
+    for device in range(8):
+        close(jax.tree.map(lambda a: a[device], many.params), state.params, 1e-5)  # noqa: B023

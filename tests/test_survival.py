@@ -67,12 +67,27 @@ def test_signals_outside_the_loop_stop_at_once_and_handlers_return():
     with Signals() as signals:
         with pytest.raises(Stopped):
             os.kill(os.getpid(), signal.SIGTERM)
-        with signals.waiting():
+        with pytest.raises(Stopped, match="SIGTERM"), signals.waiting():
             os.kill(os.getpid(), signal.SIGTERM)
             assert signals.received == signal.SIGTERM
-            with pytest.raises(Stopped):  # the second does not wait
+            with pytest.raises(Stopped, match="SIGINT"):  # the second does not wait
                 os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_signal_in_the_last_step_is_heard(through, digits, tmp_path, monkeypatch):
+    log = train._log
+
+    def and_stop(config, metrics, bar, step, *rest):
+        if step == 8:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return log(config, metrics, bar, step, *rest)
+
+    monkeypatch.setattr(train, "_log", and_stop)
+    with Signals() as signals, pytest.raises(Stopped):
+        train.train(tiny(), tmp_path, digits, signals)
+    with Checkpoints(tmp_path, read_only=True) as checkpoints:
+        assert checkpoints.latest_step() == 8
 
 
 DAMAGE = {
@@ -111,7 +126,7 @@ def test_all_checkpoints_damaged_is_an_error_and_moves_nothing(through, digits, 
     _, _, abstract = train.prepare(tiny(), digits)
     for read_only in (True, False):
         with Checkpoints(workdir, read_only=read_only) as checkpoints:
-            with pytest.raises(OSError, match="no checkpoint in .* can be read, of steps 8, 4; restore one"):
+            with pytest.raises(data.Unreadable, match="no checkpoint in .* can be read, of steps 8, 4; restore one"):
                 checkpoints.restore(abstract)
     assert sorted(p.name for p in (workdir / "checkpoints").iterdir()) == ["step_4", "step_8"]
 
@@ -154,7 +169,7 @@ def test_non_finite_losses_name_their_noise_level(digits, tmp_path, monkeypatch,
     monkeypatch.setattr(train.configs, "build_loss", broken)
     config = tiny(max_bad_steps=3)
     config.train.num_steps = 30
-    with pytest.raises(FloatingPointError, match="not finite in .* updates in a row up to step 11"):
+    with pytest.raises(FloatingPointError, match="not finite in .* updates in a row up to step 12"):
         train.train(config, tmp_path, digits)
     # The latest time is the lowest log-SNR.
     assert "step 10: 2 update(s) skipped for a non-finite loss or gradient (examples: 2 at log-SNR -10.0..-7.1)" in capsys.readouterr().err
