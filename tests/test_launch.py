@@ -259,7 +259,7 @@ def evaluated(*_):
 
 train.train = lambda *_: types.SimpleNamespace(step=0, ema=None)
 evaluate.evaluate = evaluated
-app.run(main.main, flags_parser=main._parse)
+app.run(main.main, flags_parser=main.parse)
 """
     command = [sys.executable, "-c", code, f"--config={tmp_path / 'config.py'}", f"--workdir={tmp_path / 'run'}"]
     common = {"JAX_COORDINATOR_ADDRESS": f"localhost:{free_port()}", "JAX_NUM_PROCESSES": "2"}

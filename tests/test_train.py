@@ -100,15 +100,6 @@ def test_non_finite_losses_in_a_row_stop_the_run(tmp_path, digits):
         train.train(config, tmp_path, digits)
 
 
-def test_one_and_eight_devices_agree(digits):
-    config = tiny()
-    one, totals_one = run_updates(config, digits, jax.devices()[:1], 5)
-    eight, totals_eight = run_updates(config, digits, jax.devices(), 5)
-    np.testing.assert_allclose(totals_eight.loss, totals_one.loss, rtol=1e-5)
-    for a, b in zip(jax.tree.leaves(one.params), jax.tree.leaves(eight.params), strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-5)
-
-
 def test_stopping_and_starting_again_continues_bit_for_bit(tmp_path, digits):
     through = train.train(tiny(), tmp_path / "through", digits)
     train.train(tiny(train=dict(num_steps=4)), tmp_path / "halves", digits)
