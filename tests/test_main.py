@@ -20,7 +20,7 @@ from sde_diffusion.checkpoint import Checkpoints
 ROOT = Path(__file__).parent.parent
 TINY = [
     f"--config={ROOT / 'configs' / 'vp_digits.py'}",
-    "--config.model.channels=8", "--config.model.multipliers=(1,1)", "--config.train.batch_size=16",
+    "--config.model.channels=8", "--config.model.multipliers=(1,)", "--config.train.batch_size=16",
     "--config.train.num_steps=6", "--config.train.log_every=2", "--config.train.checkpoint_every=2",
     "--config.train.sample_every=3", "--config.sample.num=8", "--config.sample.batch_size=8",
     "--config.sample.num_steps=2", "--config.eval.num_examples=8", "--config.eval.batch_size=8",
@@ -70,7 +70,7 @@ def test_a_run_leaves_config_checkpoints_metrics_and_pictures(workdir):
 
 def test_sample_and_eval_find_the_config_in_the_workdir(workdir):
     done = run(f"--workdir={workdir}", "--mode=sample", "--config.sample.num=5", "--config.sample.seed=3",
-               "--config.sample.sampler=pc", "--config.model.multipliers=(1,1)")  # fmt: skip
+               "--config.sample.sampler=pc", "--config.model.multipliers=(1,)")  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     file = workdir / "samples" / "step6_pc_reverse_diffusion_2_steps_langevin_snr_0.16_x1_seed3_5.npz"
     samples = np.load(file)["samples"]
@@ -172,6 +172,7 @@ def test_the_real_data_train(name, extra, tmp_path):
         pytest.skip("TFDS_DATA_DIR is not set: no prepared MNIST and CIFAR-10")
     done = run(
         f"--workdir={tmp_path}", f"--config={ROOT / 'configs' / (name + '.py')}", *TINY[1:], "--config.model.num_blocks=1",
+        "--config.model.multipliers=(1,1)",
         "--config.train.num_steps=40", "--config.train.log_every=10", "--config.optim.warmup_steps=5", "--config.optim.lr=2e-3",
         "--config.train.sample_every=40", "--config.train.checkpoint_every=40",
         *extra,
