@@ -69,7 +69,7 @@ class Checkpoints:
             self.unsealed = None
             full = "RESOURCE_EXHAUSTED" in str(error) or getattr(error, "errno", None) == errno.ENOSPC
             reason = "no space is left" if full else " ".join(str(error).split())[:300]
-            raise OSError(f"the checkpoint of step {what} could not be written to {self.path}: {reason}; those before it are whole") from error
+            raise OSError(f"the checkpoint of step {what} could not be written to {self.path}: {reason}; those before it are whole, and the same command goes on from them") from error
 
     def _wait(self):
         if self.unsealed is not None:
@@ -107,8 +107,9 @@ class Checkpoints:
         for step in steps:
             try:
                 damage = _damage(self.path / f"step_{step}")
-                if damage:
-                    raise OSError(damage)
+                # Before Orbax, in which the processes wait for each other.
+                if not _all_agree(not damage):
+                    raise OSError(damage or "as process 0 says")
                 with _quiet():
                     _check_arrays(self.manager.item_metadata(step), wanted)
                     state = self.manager.restore(step, args=ocp.args.StandardRestore(wanted))
@@ -191,6 +192,8 @@ def _all_agree(mine: bool) -> bool:
     from jax.experimental import multihost_utils
 
     return bool(multihost_utils.process_allgather(np.int32(mine)).all())
+
+
 @contextlib.contextmanager
 def _quiet():
     """Keeps back what threads print: of a damaged checkpoint each array that is still being read has a traceback of its own."""

@@ -26,6 +26,7 @@ from sde_diffusion.sde import shown
 if TYPE_CHECKING:
     import grain
 
+
 class Unreadable(ValueError):
     """A file that is not what its name says, or is too large to be; the message names it and the fix."""
 

@@ -304,9 +304,9 @@ def main(_):
     except (FloatingPointError, Unreadable) as error:
         _fail(error, at_once=True)
     except OSError as error:
-        full = getattr(error, "errno", None) == errno.ENOSPC
-        what = f"no space is left in {run.workdir}; free some" if full else error
-        _fail(f"{what}; the same command goes on from the last checkpoint", at_once=True)
+        full = error.errno == errno.ENOSPC
+        what = f"no space is left in {run.workdir}; free some, and the same command goes on from the last checkpoint"
+        _fail(what if full else error, at_once=True)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
