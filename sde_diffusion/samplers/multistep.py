@@ -9,7 +9,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 ORDER = 3  # of the predictor, whose nodes are the newest; the corrector has one more
 GAP = 0.002  # first step, of the whole range
-SAFETY = 0.03  # the aimed-at error of a step, of the tolerance: small, since an error that is small by chance must not lengthen the next step much
+SAFETY = 0.02  # the aimed-at error of a step, of the tolerance
+# b of the filter H211b (Soederlind 2003, ACM Trans. Math. Softw. 29, table III): a step changes little, so that an error that is small by
+# chance does not lengthen the next, and nodes that lie evenly integrate an oscillation with little error.
+FILTER = 8
+START = 6  # nodes after which the filter takes over from the plain rule, whose steps grow fast
 
 
 class MultistepSolution(NamedTuple):
@@ -32,6 +36,8 @@ class _Carry(NamedTuple):
     tried: Any
     done: Any
     success: Any
+    error: Any  # of the last step that was accepted
+    factor: Any  # from that step to the next
 
 
 def adams(rate, u, start, stop, rtol, atol, *, max_steps: int, times: Float[Array, " n"] | None = None) -> MultistepSolution:
@@ -57,7 +63,7 @@ def adams(rate, u, start, stop, rtol, atol, *, max_steps: int, times: Float[Arra
     first = _Carry(
         u, jnp.zeros_like(density), jnp.tile(y[:, None], 4), jnp.zeros((ORDER, *u.shape), dtype).at[0].set(slope),
         jnp.zeros((4, *density.shape), dtype).at[0].set(density), jnp.ones(batch, int), jnp.full(batch, GAP * (stop - start), dtype),
-        jnp.zeros(batch, int), no, no,
+        jnp.zeros(batch, int), no, no, jnp.full(batch, SAFETY, dtype), jnp.ones(batch, dtype),
     )  # fmt: skip
 
     def advance(c: _Carry) -> _Carry:
@@ -84,14 +90,17 @@ def adams(rate, u, start, stop, rtol, atol, *, max_steps: int, times: Float[Arra
         newest = _combine(high, densities)
         before = _combine(_weights(nodes, jnp.minimum(c.count + 1, 4), was[:, 1], was[:, 0]), densities)
         if fixed:
-            accept, factor = ~c.done, 1.0
+            accept, error, factor = ~c.done, c.error, c.factor
         else:
             error_u = weight * _rms(_combine(high - low, slopes) / (atol + rtol * jnp.maximum(jnp.abs(u), jnp.abs(c.u))))
             total = jnp.maximum(jnp.abs(c.integral), jnp.abs(c.integral + newest))
             error_integral = jnp.abs((_combine(high - low, densities) / (atol + rtol * total)).mean(axis=1))
-            error = jax.lax.stop_gradient(jnp.maximum(error_u, error_integral))
+            error = jax.lax.stop_gradient(jnp.maximum(jnp.maximum(error_u, error_integral), 1e-8))
             accept = (error <= 1) & ~c.done
-            factor = jnp.clip((SAFETY / jnp.maximum(error, 1e-8)) ** (1 / (used + 1.0)), 0.3, jnp.where(c.count < 6, 2.0, 1.25))
+            order = used + 1.0
+            plain = jnp.clip((SAFETY / error) ** (1 / order), 0.3, 2.0)
+            filtered = (SAFETY**2 / (error * c.error)) ** (1 / (FILTER * order)) * c.factor ** (-1 / FILTER)
+            factor = jnp.where((c.count < START) | (error > 1), plain, jnp.clip(filtered, 0.5, 1.25))
             factor = jnp.where(jnp.isnan(factor), 0.3, factor)
         last = last & accept
         # Whether the step has shrunk to nothing: the rate is not finite there.
@@ -103,7 +112,7 @@ def adams(rate, u, start, stop, rtol, atol, *, max_steps: int, times: Float[Arra
         densities = jnp.where(accept[None, :, None], densities, c.densities)
         return _Carry(
             u, integral, nodes, slopes, densities, c.count + accept, jnp.where(c.done, c.step, c.step * factor), c.tried + ~c.done,
-            c.done | last | lost, c.success | last,
+            c.done | last | lost, c.success | last, jnp.where(accept, error, c.error), jnp.where(accept, factor, c.factor),
         )  # fmt: skip
 
     def unfinished(c: _Carry):
