@@ -158,7 +158,7 @@ def bits_per_dim(config: ConfigDict, params, mesh, scaler: data.Scaler, examples
 def bound_bits_per_dim(
     config: ConfigDict, params, mesh, scaler: data.Scaler, examples, partial: Path | None = None
 ) -> dict[str, float]:
-    """Bits/dim of `examples` by the variational bound: the total with its standard error over the examples, and each term.
+    """Bits/dim of `examples` by the variational bound: the total and each term, with standard errors over the examples.
 
     Of the levels themselves, without dequantization; of vectors, of their density. The mean of `eval.bound_draws` draws of
     each example, at times spread over the whole range. Covers the examples as `bits_per_dim` does, and resumes like it.
@@ -177,10 +177,10 @@ def bound_bits_per_dim(
         return jnp.stack(bound).mean(axis=1)
 
     bits = _of_each(config, terms, params, mesh, examples, partial) / (num_dims * math.log(2.0))
-    means = {
-        name: _mean(bits[:, i], f"{name} term of the bound", "train longer, or narrow the schedule's range")["bits_per_dim"]
-        for i, name in enumerate(Bound._fields)
-    }
+    means = {}
+    for i, name in enumerate(Bound._fields):
+        term = _mean(bits[:, i], f"{name} term of the bound", "train longer, or narrow the schedule's range")
+        means |= {name: term["bits_per_dim"], f"{name}_stderr": term["stderr"]}
     return {**_mean(bits.sum(axis=1), "bound", "train longer"), **means}
 
 
@@ -243,7 +243,7 @@ def _mean(bits, name: str, fix: str) -> dict[str, float]:
 
 def gaussian_mixture_bits_per_dim(
     dataset: data.Dataset, scaler: data.Scaler, components=(5, 10, 20), draws: int = 4, seed: int = 0
-) -> tuple[float, int]:
+) -> tuple[dict, int]:
     """Held-out bits/dim of the best of scikit-learn's full-covariance Gaussian mixtures, and its number of components.
 
     Fitted to the training set, dequantized as in `bits_per_dim`; chosen on the held-out set, in the baseline's favour.
@@ -257,11 +257,12 @@ def gaussian_mixture_bits_per_dim(
     key_train, key_test = jax.random.split(jax.random.key(seed))
     train = dequantize(key_train, np.concatenate([np.asarray(dataset.train)] * draws))
     test = dequantize(key_test, np.asarray(dataset.test))
-    best = (math.inf, 0)
+    bits = {}
     for k in components:
         mixture = Mixture(k, covariance_type="full", reg_covar=1e-3, random_state=seed).fit(train)
-        best = min(best, (float(scaler.bits_per_dim(mixture.score(test), train.shape[1])), k))
-    return best
+        bits[k] = _mean(scaler.bits_per_dim(mixture.score_samples(test), train.shape[1]), "Gaussian mixture", "are the data finite?")
+    best = min(bits, key=lambda k: bits[k]["bits_per_dim"])
+    return bits[best], best
 
 
 def evaluate(config: ConfigDict, workdir: Path, params, step: int, dataset: data.Dataset, mesh, scaler) -> dict:
@@ -281,36 +282,39 @@ def evaluate(config: ConfigDict, workdir: Path, params, step: int, dataset: data
     if config.eval.bound_draws:
         bound = bound_bits_per_dim(config, params, mesh, scaler, examples, partial("bound"))
         out["bound"] = bound
-        lines.append(("held-out bits/dim", _with_error(bound),
+        lines.append(("held-out bits/dim", _with_error(bound["bits_per_dim"], bound["stderr"]),
                       f"variational bound, {bound['num']:,}{of} examples, {config.eval.bound_draws} draws each"))  # fmt: skip
         for term in Bound._fields:
-            lines.append((f"  {term}", f"{bound[term]:.3f}", "of the levels" if term == "reconstruction" and discrete else ""))
+            lines.append((f"  {term}", _with_error(bound[term], bound[f"{term}_stderr"]), "of the levels" if term == "reconstruction" and discrete else ""))
     if config.eval.ode:
         ode = bits_per_dim(config, params, mesh, scaler, examples, partial("ode"))
         t_end = config.eval.t_end if config.eval.t_end is not None else configs.build_sde(config, params).t_min
         out |= {**ode, "t_end": float(t_end)}
         dequantized = ", uniform dequantization" if discrete else ""
-        lines.append(("held-out bits/dim", _with_error(ode),
+        lines.append(("held-out bits/dim", _with_error(ode["bits_per_dim"], ode["stderr"]),
                       f"ODE likelihood to t = {t_end:g}{dequantized}, {ode['num']:,}{of} examples"))  # fmt: skip
     # A component needs more examples than dimensions.
     components = [k for k in (5, 10, 20) if k * math.prod(dataset.event_shape) <= len(dataset.train)]
     if config.eval.gaussian_mixture and discrete and components:
         bits, k = gaussian_mixture_bits_per_dim(dataset, scaler, components)
-        out |= {"gaussian_mixture_bits_per_dim": bits, "gaussian_mixture_components": k}
-        lines.append(("  best Gaussian mixture", f"{bits:.3f}", f"{k} full-covariance components, same split"))
+        out |= {f"gaussian_mixture_{name}": value for name, value in bits.items()} | {"gaussian_mixture_components": k}
+        lines.append(("  best Gaussian mixture", _with_error(bits["bits_per_dim"], bits["stderr"]), f"{k} full-covariance components, same split"))
     if dataset.name == "gaussian_mixture_2d":
         exact = GaussianMixture(*data.gaussian_mixture_2d()).log_prob(jnp.asarray(examples))
-        out["exact_bits_per_dim"] = float(scaler.bits_per_dim(exact, 2).mean())
-        lines.append(("  exact density", f"{out['exact_bits_per_dim']:.3f}", "of the mixture itself, same examples"))
+        bits = _mean(scaler.bits_per_dim(exact, 2), "exact density", "are the data finite?")
+        out |= {f"exact_{name}": value for name, value in bits.items()}
+        lines.append(("  exact density", _with_error(bits["bits_per_dim"], bits["stderr"]), "of the mixture itself, same examples"))
 
     num = config.sample.num
     samples = make_sampler(config, mesh, dataset.event_shape)(params, num, config.sample.seed)
     check_samples(samples)
     distances = quality(samples, dataset, scaler)
     out |= distances
-    lines.append(("energy distance", f"{distances['energy_distance']:.4f}",
-                  f"samples to held-out data, {distances['energy_num']:,} each, {_sampler_name(config)}"))  # fmt: skip
-    lines.append(("  floor", f"{distances['energy_distance_floor']:.4f}", "training to held-out data, as many"))
+    for title, name, note in (
+        ("energy distance", "energy_distance", f"samples to held-out data, {distances['energy_num']:,} each, {_sampler_name(config)}"),
+        ("  floor", "energy_distance_floor", "training to held-out data, as many"),
+    ):
+        lines.append((title, _with_error(distances[name], distances[f"{name}_stderr"], 4), note))
 
     if jax.process_index() == 0:
         print("\n".join(f"{name:<24}{value:>16}   {note}".rstrip() for name, value, note in lines), flush=True)
@@ -323,13 +327,12 @@ def evaluate(config: ConfigDict, workdir: Path, params, step: int, dataset: data
     return out
 
 
-def _with_error(bits: dict) -> str:
-    error = "" if bits["stderr"] is None else f" +- {bits['stderr']:.3f}"
-    return f"{bits['bits_per_dim']:.3f}{error}"
+def _with_error(value: float, stderr: float | None, digits: int = 3) -> str:
+    return f"{value:.{digits}f}" + ("" if stderr is None else f" +- {stderr:.{digits}f}")
 
 
-def quality(samples: np.ndarray, dataset: data.Dataset, scaler: data.Scaler, most: int = 2000) -> dict[str, float]:
-    """The energy distance of samples to the held-out set beside that of the training set to it, in equal numbers."""
+def quality(samples: np.ndarray, dataset: data.Dataset, scaler: data.Scaler, most: int = 2000) -> dict:
+    """The energy distance of samples to the held-out set beside that of the training set to it, in equal numbers, with standard errors."""
     num = min(len(samples), len(dataset.test), most)
     pixels = scaler.decode if dataset.num_levels is not None else np.asarray
     samples, test, train = (
@@ -337,11 +340,11 @@ def quality(samples: np.ndarray, dataset: data.Dataset, scaler: data.Scaler, mos
         for a in (pixels(samples[:num]), dataset.test[:num], dataset.train[:num])
     )
     scale = 1.0 if dataset.num_levels is None else 2.0 / (dataset.num_levels - 1)
-    return {
-        "energy_distance": float(report.energy_distance(scale * samples, scale * test)),
-        "energy_distance_floor": float(report.energy_distance(scale * train, scale * test)),
-        "energy_num": num,
-    }
+    out = {"energy_num": num}
+    for name, examples in (("energy_distance", samples), ("energy_distance_floor", train)):
+        out[name], stderr = report.energy_distance(scale * examples, scale * test)
+        out[f"{name}_stderr"] = stderr if num > 1 else None
+    return out
 
 
 def _sampler_name(config, separator=" ") -> str:

@@ -193,8 +193,8 @@ def energy_distance(
     y: Num[Array | np.ndarray, "m *other"],
     *,
     chunk: int = 1024,
-) -> float:
-    """Squared energy distance 2 E|X - Y| - E|X - X'| - E|Y - Y'| between two sets of examples.
+) -> tuple[float, float]:
+    """Squared energy distance 2 E|X - Y| - E|X - X'| - E|Y - Y'| between two sets of examples, and its standard error.
 
     Euclidean distance between flattened examples, in the units of x and y; zero exactly when the
     distributions agree. Szekely and Rizzo 2013 (doi:10.1016/j.jspi.2013.03.018), V-statistic:
@@ -202,6 +202,8 @@ def energy_distance(
     Delta (1/n + 1/m), Delta = E|X - X'|, on average for two sets of one distribution. That floor
     depends on the set sizes, hence they must match: compare samples with held-out data at the size
     at which training data are compared with held-out data.
+    The error is the infinitesimal jackknife's; between sets of one distribution, where the distance is quadratic in the
+    sets, it is an upper bound, up to 1.4 times too large.
     float64, O(n^2) time, O(n chunk) memory. Raises ValueError for sizes that do not match.
     """
     if len(x) != len(y) or not len(x) or np.shape(x)[1:] != np.shape(y)[1:]:
@@ -216,18 +218,24 @@ def energy_distance(
     # Centring keeps |a|^2 + |b|^2 - 2 ab from cancelling.
     centre = 0.5 * (x.mean(axis=0) + y.mean(axis=0))
     x, y = x - centre[None], y - centre[None]
-    between = _mean_distance(x, y, chunk)
-    return float(2.0 * between - _mean_distance(x, x, chunk) - _mean_distance(y, y, chunk))
+    between, within_x, within_y = (_distances(a, b, chunk) for a, b in ((x, y), (x, x), (y, y)))
+    # What each example adds; x and y are independent.
+    influence = 2.0 * (between[0] - within_x[0]), 2.0 * (between[1] - within_y[0])
+    stderr = np.sqrt(sum(part.var(ddof=1) for part in influence) / len(x)) if len(x) > 1 else np.nan
+    return float(2.0 * between[0].mean() - within_x[0].mean() - within_y[0].mean()), float(stderr)
 
 
-def _mean_distance(a: np.ndarray, b: np.ndarray, chunk: int) -> float:
-    squares, total = np.square(b).sum(axis=1), 0.0
+def _distances(a: np.ndarray, b: np.ndarray, chunk: int) -> tuple[np.ndarray, np.ndarray]:
+    """The mean distance of each of a to all of b, and of each of b to all of a."""
+    squares, rows, columns = np.square(b).sum(axis=1), [], np.zeros(len(b))
     for start in range(0, len(a), chunk):
         part = a[start : start + chunk]
         squared = np.square(part).sum(axis=1)[:, None] + squares[None, :] - 2.0 * (part @ b.T)
         if a is b:
             # Rounding would leave the root of 1e-16 in place of an exact zero.
-            rows = np.arange(len(part))
-            squared[rows, start + rows] = 0.0
-        total += np.sqrt(np.maximum(squared, 0.0)).sum()
-    return total / (len(a) * len(b))
+            own = np.arange(len(part))
+            squared[own, start + own] = 0.0
+        distances = np.sqrt(np.maximum(squared, 0.0))
+        rows.append(distances.mean(axis=1))
+        columns += distances.sum(axis=0)
+    return np.concatenate(rows), columns / len(a)
