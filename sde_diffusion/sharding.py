@@ -77,15 +77,15 @@ def with_gathered(mesh: Mesh) -> Callable[[Callable], Callable]:
     return (lambda apply: apply) if mesh.shape["shard"] == 1 else wrap
 
 
-def fully_sharded(mesh: Mesh) -> Callable[[Callable], Callable]:
-    """A network's `apply` for parameters in `layout`: all-gathers forwards, reduce-scatters of their gradient backwards.
+def fully_sharded(mesh: Mesh, rules: Sequence[tuple[str, int | str | None]] = RULES) -> Callable[[Callable], Callable]:
+    """A network's `apply` for parameters in `layout` by the same rules: all-gathers forwards, reduce-scatters of their gradient backwards.
 
     The gathered parameters are not kept from the forward to the backward pass, but gathered again.
     """
 
     def wrap(apply):
         def split_apply(variables, x, c, labels=None, dropout_keys=None):
-            specs = jax.tree.map(lambda s: s.spec, layout(mesh, variables))
+            specs = jax.tree.map(lambda s: s.spec, layout(mesh, variables, rules))
 
             def gather(a, spec):
                 if mesh.shape["data"] > 1:

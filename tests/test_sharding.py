@@ -141,6 +141,25 @@ def test_rules_choose_the_axis():
         sharding.make_mesh(shards=3)
 
 
+@pytest.mark.parametrize("rules", [sharding.RULES, (("kernel", 0), ("", None)), (("bias", None), ("", "longest"))])
+def test_a_network_split_by_any_rules_has_the_same_output_and_gradient(rules):
+    mesh = sharding.make_mesh(shards=4)
+    keys = jax.random.split(jax.random.key(0), 3)
+    variables = {"kernel": jax.random.normal(keys[0], (8, 16)), "bias": jax.random.normal(keys[1], (16,))}
+    x = jax.random.normal(keys[2], (16, 8))
+
+    def apply(variables, x, c, labels, dropout_keys):
+        return jnp.tanh(x @ variables["kernel"] + variables["bias"][None])
+
+    def loss(apply):
+        return jax.jit(jax.value_and_grad(lambda v, x: (apply(v, x, None, None, None) ** 2).mean()))
+
+    split = jax.tree.map(jax.device_put, variables, sharding.layout(mesh, variables, rules))
+    expected = loss(apply)(variables, x)
+    found = loss(sharding.fully_sharded(mesh, rules)(apply))(split, jax.device_put(x, sharding.by_batch(mesh)))
+    close(expected, found, 1e-6)
+
+
 def test_a_batch_that_does_not_divide_in_parts_is_refused(digits):
     with pytest.raises(ValueError, match="train.batch_size=16 does not divide over 8 devices in 4 parts; use a multiple of 32"):
         train.prepare(tiny(accumulate=4), digits)
