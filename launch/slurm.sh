@@ -4,7 +4,8 @@
 #   sbatch launch/slurm.sh --config=vp_cifar --workdir=/shared/runs/cifar
 #
 # Edit: nodes, GPUs (twice: as many processes as GPUs), CPUs and time, here or as sbatch's own options, which go before the
-# file's name; add --partition and --account where the cluster asks for them. The workdir is on a disk that all nodes share.
+# file's name; add --partition and --account where the cluster asks for them. The workdir is on a disk that all nodes share, and
+# so are TFDS data sets: prepare them once, and export TFDS_DATA_DIR (a run without them prints the command).
 #
 #SBATCH --job-name=sde_diffusion
 #SBATCH --nodes=2

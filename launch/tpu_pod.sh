@@ -9,9 +9,11 @@
 #
 # Edit: the slice, its zone, and a clone on a disk that all workers mount under one name (Filestore, say), where the workdir
 # belongs too. In the clone, from one worker: python3 -m venv .venv && .venv/bin/pip install -e '.[tpu]'
+# TFDS data sets are prepared once, into the folder below (a run without them prints the command, which needs the extra 'prepare').
 TPU=my-slice
 ZONE=us-central2-b
 CLONE=/shared/sde_diffusion
+DATA=/shared/tfds
 
 set -euo pipefail
 
@@ -25,5 +27,5 @@ if [ "${1:-}" = stop ]; then
 else
   # A second shell reads the arguments; JAX finds the other workers by the slice's metadata.
   arguments=$(printf ' %q' "$@")
-  on_all_workers "cd $CLONE && exec .venv/bin/python -m sde_diffusion.main --distributed$arguments"
+  on_all_workers "cd $CLONE && TFDS_DATA_DIR=$DATA exec .venv/bin/python -m sde_diffusion.main --distributed$arguments"
 fi

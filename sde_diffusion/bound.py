@@ -1,6 +1,6 @@
 """The variational bound of VDM: -log p(x) <= prior + diffusion + reconstruction (arXiv:2107.00630 eq. 11 to 18)."""
 
-import dataclasses
+import copy
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -13,8 +13,8 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from sde_diffusion.losses import check_floats, noise_error
 from sde_diffusion.prediction import check_process
 from sde_diffusion.schedules import Tangent
-from sde_diffusion.sde import SDE, check, known
-from sde_diffusion.times import LOWEST_LOG_SNR, low_discrepancy, sample_times
+from sde_diffusion.sde import SDE, check, check_log_snr, known
+from sde_diffusion.times import LOWEST_LOG_SNR, AdaptiveTimes, low_discrepancy, sample_times
 
 Values = Float[Array, " levels"] | Float[np.ndarray, " levels"] | None
 
@@ -53,7 +53,7 @@ def variational_bound(
       x0: clean data `(B, *event)`: levels without dequantization (`Scaler.encode`) where `values` are given.
       values: the grid of values that an entry of x0 can take `(L,)`, increasing (`Scaler.values()`); None: continuous.
       num_steps: T of the discrete-time model (eq. 14), whose steps are equal in t; None: continuous time (eq. 17).
-      times: how t is drawn in continuous time, see `sample_times`.
+      times: how t is drawn in continuous time, "log_snr", "uniform" or an `AdaptiveTimes` (see `sample_times`).
 
     Returns:
       The terms, `(B,)` each; with `return_times` also the times `(B,)`. -log p is of the discrete level with values, else of
@@ -63,11 +63,14 @@ def variational_bound(
       ValueError: integer data, num_steps < 1, values that do not increase, or a log-SNR at t_train too low to tell them apart.
     """
     check(num_steps is None or num_steps >= 1, f"num_steps={num_steps} must be at least 1, or None for continuous time")
-    check_floats(x0)
-    check_values(sde, values, x0)
+    check(
+        isinstance(times, (str, AdaptiveTimes)),
+        "times holds levels, whose mean is not the bound: pass num_steps for discrete time, or 'log_snr', 'uniform' or an AdaptiveTimes",
+    )
+    x0 = _checked(sde, values, x0)
     check_process(score_fn, sde)
     key_t, key_eps, key_decoder = jax.random.split(key, 3)
-    dtype = jnp.promote_types(x0.dtype, jnp.float32)
+    dtype = x0.dtype
     if num_steps is None:
         t, importance = sample_times(key_t, x0.shape[0], sde, times, dtype)
         weight = 0.5 * importance * -sde.log_snr_rate(t)
@@ -129,6 +132,14 @@ def check_values(sde: SDE, values: Values, x0=None) -> None:
         )
 
 
+def _checked(sde: SDE, values: Values, x0) -> Array:
+    """x0 in at least float32, in which noise is centred and of variance 1, after the checks of everything."""
+    check_floats(x0)
+    check_log_snr(sde)
+    check_values(sde, values, x0)
+    return x0.astype(jnp.promote_types(x0.dtype, jnp.float32))
+
+
 def bound_gradients(
     make_score: Callable, params, sde: SDE, key: PRNGKeyArray, x0: Float[Array, "b ..."], values: Values = None
 ):
@@ -145,10 +156,14 @@ def bound_gradients(
 
     Returns:
       (Bound, t `(B,)`, gradient by params, gradient by sde: an SDE of the same structure).
+
+    Raises:
+      ValueError: as `variational_bound`.
     """
+    x0 = _checked(sde, values, x0)
     key_t, key_eps, key_decoder = jax.random.split(key, 3)
     batch = x0.shape[0]
-    t, span = sample_times(key_t, batch, sde, "uniform", jnp.promote_types(x0.dtype, jnp.float32))
+    t, span = sample_times(key_t, batch, sde, "uniform", x0.dtype)
 
     def schedule(sde):
         return sde.log_snr(t), sde.log_snr_rate(t)
@@ -168,5 +183,8 @@ def bound_gradients(
     by_ends = jax.tree.map(jnp.add, pull_schedule(tuple(by_near))[0], pull_ends((mean, mean))[0])
     # Over the squared mean, so that its size does not depend on the loss's.
     by_variance = pull_schedule(tuple(loss / loss.mean() ** 2 * g for g in by_near))[0]
-    by_sde = dataclasses.replace(by_ends, network=by_variance.network) if hasattr(sde, "network") else by_ends
+    by_sde = copy.copy(by_ends)
+    if hasattr(sde, "network"):
+        # A gradient is no process: not by `replace`, which would check it as one.
+        object.__setattr__(by_sde, "network", by_variance.network)
     return Bound(prior, loss, reconstruction), t, by_params, by_sde

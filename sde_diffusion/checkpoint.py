@@ -40,10 +40,15 @@ class Checkpoints:
                 max_to_keep=keep, step_prefix="step", create=not read_only, read_only=read_only
             )
             # The handler is named: otherwise it is guessed from the newest folder, and a damaged one hides those before it.
+            log = logging.getLogger("absl")
+            level = log.level
+            log.setLevel(logging.ERROR)  # Orbax warns of what `read_only` asks for
             try:
                 self.manager = ocp.CheckpointManager(self.path, item_handlers=ocp.StandardCheckpointHandler(), options=options)
             except RecursionError:
                 raise OSError(f"a checkpoint in {self.path} holds metadata that are none; move the newest step away") from None
+            finally:
+                log.setLevel(level)
 
     def latest_step(self) -> int | None:
         """The newest complete checkpoint's step, or None."""

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from ml_collections import ConfigDict, config_dict
 
 from sde_diffusion import models
@@ -23,7 +22,7 @@ from sde_diffusion.samplers import ode, pc, sde as reverse
 from sde_diffusion.samplers.grid import GRIDS, check_t_end
 from sde_diffusion.samplers.integrate import check_start
 from sde_diffusion.schedules import BetweenEnds, LinearLogSNR, MonotoneLogSNR
-from sde_diffusion.sde import SDE, VE, VP, CosineVP, SubVP, check, shown
+from sde_diffusion.sde import SDE, VE, VP, CosineVP, SubVP, check, check_log_snr, shown
 from sde_diffusion.weights import LOG_SNR_WEIGHTS, TIME_WEIGHTS
 
 SDES = {
@@ -235,7 +234,7 @@ def validate(config: ConfigDict) -> None:
                 check(key in config[section], f"config key '{section}.{key}' is missing; build the config with experiment(...)")
     _check_types(config, known)
     sde = build_sde(config)
-    _check_process(sde)
+    check_log_snr(sde)
     models.build(config.model.name, **_model_options(config))
     as_score(lambda x, c: x, sde, **_prediction_options(config))
     losses = {"weighted": {**LOG_SNR_WEIGHTS, **TIME_WEIGHTS}, "dsm": {k: TIME_WEIGHTS[k] for k in ("sigma2", "likelihood")},
@@ -290,16 +289,6 @@ def validate(config: ConfigDict) -> None:
         check(0 <= config[section][name] <= most, f"{key}={config[section][name]!r} must be at least 0 and at most {most:,}")
     n = config.eval.num_examples
     check(n is None or n >= 1, f"eval.num_examples={n} must be at least 1, or None for the whole held-out set")
-
-
-def _check_process(sde: SDE) -> None:
-    """Raises ValueError where the log-SNR is not finite, or does not fall, in the precision in which it is computed."""
-    t = jnp.asarray(sde.t_min, float) + jnp.linspace(0.0, 1.0, 17) * (sde.t_max - sde.t_min)
-    t = t if sde.t_train == sde.t_min else jnp.concatenate([jnp.asarray([sde.t_train], float), t])
-    log_snr = np.asarray(sde.log_snr(t))
-    # It may end at -inf: zero terminal SNR.
-    good = np.isfinite(log_snr[:-1]).all() and (np.diff(log_snr) < 0).all()
-    check(good, f"the log-SNR of {sde} is not finite and falling from t_train to t_max in {log_snr.dtype}: choose less extreme values")
 
 
 def _check_types(config: ConfigDict, known: ConfigDict) -> None:

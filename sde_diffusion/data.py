@@ -573,7 +573,7 @@ def _tfds_builder(tfds: Any, name: str, data_dir: str | None) -> Any:
     if not prepared:
         raise FileNotFoundError(
             f"TFDS data set {name!r} is not prepared in {builder.data_path}; "
-            f"prepare it once with: {command}"
+            f"set TFDS_DATA_DIR or data.data_dir to where it is, or prepare it once with: {command}"
         )
     formats = {f.value for f in builder.info.available_file_formats()}
     if not formats & {"array_record", "parquet"}:
@@ -794,6 +794,7 @@ class Scaler:
         """
         if self.num_levels is None:
             return jnp.asarray(k, jnp.float32)
+        self.check_levels(k)
         sublevel = jax.random.bits(key, jnp.shape(k), jnp.uint16) & (_SUBLEVELS - 1)
         return self._scale(k, sublevel, _SUBLEVELS)
 
@@ -801,7 +802,22 @@ class Scaler:
         """Model-space values of the levels k, at u = 1/2."""
         if self.num_levels is None:
             return jnp.asarray(k, jnp.float32)
+        self.check_levels(k)
         return self._scale(k, 0, 1)
+
+    def check_levels(self, k: Num[Array | np.ndarray, "*shape"]) -> None:
+        """Raises ValueError for known values that are not all integers in 0..num_levels - 1."""
+        if isinstance(k, jax.core.Tracer):
+            return
+        k = np.asarray(k)
+        if k.dtype == np.uint8 and self.num_levels == 256:
+            return
+        bad = ~((k >= 0) & (k < self.num_levels) & (k == np.floor(k)))
+        if bad.any():
+            raise ValueError(
+                f"levels hold {k[bad].flat[0]:g}, which is not one of 0..{self.num_levels - 1}: pass the integer levels, or a Scaler with "
+                "more num_levels"
+            )
 
     def _scale(self, k: Any, sublevel: Any, sublevels: int) -> jax.Array:
         # Numerator and denominator are integers below 2^24, so only the division rounds.

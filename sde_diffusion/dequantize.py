@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float, Num, PRNGKeyArray
 
 from sde_diffusion.samplers.grid import check_t_end
-from sde_diffusion.sde import SDE, check, known
+from sde_diffusion.sde import SDE
 
 Levels = Num[Array | np.ndarray, "b ..."]
 Draw = tuple[Float[Array, "b ..."], Float[Array, " b"]]
@@ -93,13 +93,7 @@ def discrete_bits_per_dim(log_p: Float[Array, " b"], log_q: Float[Array, " b"], 
 def _cell_width(scaler, levels) -> float:
     if scaler.num_levels is None:
         raise ValueError("num_levels=None: the data are vectors, which have no cells; use their density as it is")
-    if known(levels):
-        low, high = int(np.min(levels)), int(np.max(levels))
-        check(
-            0 <= low and high < scaler.num_levels,
-            f"levels run from {low} to {high}, outside 0..{scaler.num_levels - 1} of the scaler: pass the integer levels, or a "
-            "Scaler with more num_levels",
-        )
+    scaler.check_levels(levels)
     values = scaler.values().astype(np.float64)
     return float((values[-1] - values[0]) / (len(values) - 1))
 

@@ -79,12 +79,13 @@ def make_sampler(config: ConfigDict, mesh, event_shape: tuple[int, ...]):
 
     Compiled once, for batches as of `make_batch_sampler`.
     """
-    draw_batch, batch = make_batch_sampler(config, mesh, event_shape), sharding.round_up(mesh, config.sample.batch_size)
+    draw_batch, batch = make_batch_sampler(config, mesh, event_shape), config.sample.batch_size
 
     def draw(params, num: int, seed: int) -> np.ndarray:
         key = jax.random.key(seed)
         parts = [draw_batch(params, jax.random.fold_in(key, i)) for i in range(-(-num // batch))]
-        return np.concatenate([_to_host(part) for part in parts])[:num]
+        # More where the batch does not divide over the devices, after those that any number of devices draws.
+        return np.concatenate([_to_host(part)[:batch] for part in parts])[:num]
 
     return draw
 
@@ -335,10 +336,10 @@ def quality(samples: np.ndarray, dataset: data.Dataset, scaler: data.Scaler, mos
     """The energy distance of samples to the held-out set beside that of the training set to it, in equal numbers, with standard errors."""
     num = min(len(samples), len(dataset.test), most)
     pixels = scaler.decode if dataset.num_levels is not None else np.asarray
-    samples, test, train = (
-        np.asarray(a, np.float64).reshape(num, -1)
-        for a in (pixels(samples[:num]), dataset.test[:num], dataset.train[:num])
-    )
+    # Neighbours in a file may be alike: rows at random.
+    rows = np.random.default_rng(0)
+    drawn = (a[np.sort(rows.permutation(len(a))[:num])] for a in (dataset.test, dataset.train))
+    samples, test, train = (np.asarray(a, np.float64).reshape(num, -1) for a in (pixels(samples[:num]), *drawn))
     scale = 1.0 if dataset.num_levels is None else 2.0 / (dataset.num_levels - 1)
     out = {"energy_num": num}
     for name, examples in (("energy_distance", samples), ("energy_distance_floor", train)):

@@ -12,7 +12,7 @@ from sde_diffusion.prediction import as_pytree, check_process, lookup, predict
 from sde_diffusion.samplers.grid import check_t_end, resolve_grid
 from sde_diffusion.samplers.multistep import adams
 from sde_diffusion.score_matching import PROBES
-from sde_diffusion.sde import SDE, Number, Times, check, expand
+from sde_diffusion.sde import SDE, Number, Times, check, check_log_snr, expand
 from sde_diffusion.times import LOWEST_LOG_SNR, terminal_log_snr
 
 # Evaluations before the first step, and of each step that is tried.
@@ -152,6 +152,7 @@ def _flow(score_fn, sde, x, probes, *, rtol, atol, t_end, max_steps, method, num
     check(rtol > 0 and atol > 0, f"rtol={rtol} and atol={atol} must be positive; 1e-4 is usual")
     check(isinstance(max_steps, int) and max_steps >= 1, f"max_steps={max_steps} must be an integer of at least 1")
     lookup(METHODS, method, "method")
+    check_log_snr(sde)
     check_process(score_fn, sde)
     sigma_data = getattr(score_fn, "sigma_data", 0.5) if sigma_data is None else sigma_data
     check(sigma_data > 0, f"sigma_data={sigma_data} must be positive: the standard deviation of the data")
@@ -216,7 +217,9 @@ def _solve(score_fn, sde, x, probes, t_end, times, rtol, atol, s, *, method, max
     nodes = None
     if times is not None:
         nodes = angle(jnp.maximum(sde.log_snr(times[::-1]), LOWEST_LOG_SNR)).at[0].set(start).at[-1].set(stop)
-    begin, end = scale(first, t_end), scale(last, sde.time(last))
+    # Where log-SNR starts below what is integrated (VE with a very large sigma), only the scale changes up to t_max.
+    t_max = jnp.asarray(sde.t_max, dtype)
+    begin, end = scale(first, t_end), scale(sde.log_snr(t_max), t_max)
     u = x / begin
     if method == "adams":
         u, log_det, evaluations, success = _adams(rate, u, probes, start, stop, nodes, rtol, atol, max_steps)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from sde_diffusion.prediction import lookup, score
-from sde_diffusion.sde import SDE, Number, check, expand
+from sde_diffusion.sde import SDE, Number, check, check_log_snr, expand
 from sde_diffusion.times import AdaptiveTimes, Levels, sample_times
 from sde_diffusion.weights import TIME_WEIGHTS, check_weights, loss_weight
 
@@ -42,7 +42,10 @@ def check_floats(x0) -> None:
 def weighted_error(score_fn, sde, key, x0, times, weigh, return_times, error=noise_error):
     """weigh(t, importance) error(score_fn, sde, key, x0, t) at random times, `(B,)`; with return_times, (that, t)."""
     check_floats(x0)
+    check_log_snr(sde)
+    # Noise of half precision is neither centred nor of variance 1.
     dtype = jnp.promote_types(x0.dtype, jnp.float32)
+    x0 = x0.astype(dtype)
     key_t, key_eps = jax.random.split(key)
     t, importance = sample_times(key_t, x0.shape[0], sde, times, dtype)
     loss = weigh(t, importance) * error(score_fn, sde, key_eps, x0, t)

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import runpy
+import signal
 import sys
 import threading
 import traceback
@@ -47,13 +48,17 @@ class Start(NamedTuple):
     abstract: Any
 
 
-def _fail(error, at_once: bool = False) -> None:
+# Exit statuses: what is wrong would be wrong again (a flag, a value, the data); it may pass (a full disk, another run, a lost process).
+_WRONG, _PASSING = 2, os.EX_TEMPFAIL
+
+
+def _fail(error, status: int = _WRONG, at_once: bool = False) -> None:
     print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
     if at_once:
-        # Threads that wait to write would each add a traceback of the same thing.
+        # Threads that wait to write would each add a traceback of the same thing; lost processes would be waited for.
         sys.stdout.flush()
-        os._exit(2)
-    raise SystemExit(2)
+        os._exit(status)
+    raise SystemExit(status)
 
 
 def _with_config(argv: list[str]) -> list[str]:
@@ -193,10 +198,17 @@ def _join_processes(distributed: bool = False) -> None:
     jax.config.update("jax_enable_preemption_service", False)
     try:
         count, number = (int(os.environ[k]) if k in os.environ else None for k in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"))
+        if number != 0:
+            # JAX itself ends a process that waits in vain, without a line that says so.
+            print("waiting for the other processes of this run, up to 5 minutes ...", file=sys.stderr, flush=True)
         jax.distributed.initialize(num_processes=count, process_id=number)
-    except (RuntimeError, ValueError, TypeError) as error:
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
         _fail(f"the processes of this run did not meet ({' '.join(str(error).split())}); set JAX_COORDINATOR_ADDRESS=HOST:PORT of "
               "process 0, JAX_NUM_PROCESSES and JAX_PROCESS_ID, or drop --distributed")  # fmt: skip
+
+
+# What a computation over several processes says when one is gone: Gloo (CPU), NCCL (GPU), and JAX's own runtime.
+_LOST = ("Gloo", "Connection reset", "Connection closed", "NCCL", "UNAVAILABLE", "heartbeat")
 
 
 def _quiet_threads() -> None:
@@ -306,8 +318,11 @@ def main(_):
     except OSError as error:
         full = error.errno == errno.ENOSPC
         what = f"no space is left in {run.workdir}; free some, and the same command goes on from the last checkpoint"
-        _fail(what if full else error, at_once=True)
+        _fail(what if full else error, _PASSING, at_once=True)
     except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() > 1 and any(word in str(error) for word in _LOST):
+            _fail(f"another process of this run was lost ({str(error).splitlines()[0][:200]}); the same command goes on from the last "
+                  "checkpoint", _PASSING, at_once=True)  # fmt: skip
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         _fail(f"out of memory ({str(error).splitlines()[0][:200]}); set model.remat, raise train.param_shards, or lower the "
@@ -353,4 +368,8 @@ def _use(run: Start, params, step: int) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=parse)
+    try:
+        app.run(main, flags_parser=parse)
+    except KeyboardInterrupt:  # before `Signals` listens
+        print("stopped by SIGINT, before the run began", file=sys.stderr)
+        raise SystemExit(128 + signal.SIGINT) from None

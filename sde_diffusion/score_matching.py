@@ -94,7 +94,7 @@ def sliced_loss(
 
 def _value_and_products(score_fn, sde, key, x0, t, probes):
     """The score `(B, *event)` at a draw of x_t, and v . J v `(K, B)` of probes that broadcast to `(K, B, *event)`."""
-    x = sde.perturb(x0, jax.random.normal(key, x0.shape, x0.dtype), t).astype(x0.dtype)
+    x = sde.perturb(x0, jax.random.normal(key, x0.shape, x0.dtype), t)
     value, push = jax.linearize(lambda x: score(score_fn, x, t), x)
 
     def product(v):

@@ -87,6 +87,24 @@ def shown(value) -> str:
     return text if len(text) <= 100 else f"{text[:60]}...{text[-20:]}"
 
 
+def check_log_snr(sde: "SDE") -> None:
+    """Raises ValueError where the log-SNR is known, and is not finite or does not fall, in the precision in which it is computed."""
+    if not known(*jax.tree.leaves(sde)):
+        return
+    with jax.ensure_compile_time_eval():
+        t = jnp.asarray(sde.t_min, float) + jnp.linspace(0.0, 1.0, 17) * (sde.t_max - sde.t_min)
+        t = t if sde.t_train == sde.t_min else jnp.concatenate([jnp.asarray([sde.t_train], float), t])
+        t, log_snr = np.asarray(t), np.asarray(sde.log_snr(t))
+    # It may end at -inf: zero terminal SNR.
+    good = np.isfinite(log_snr[:-1]) & (np.diff(log_snr) < 0)
+    if not good.all():
+        i = int(np.argmin(good))
+        raise ValueError(
+            f"the log-SNR of {shown(sde)} goes from {log_snr[i]:g} at t={t[i]:g} to {log_snr[i + 1]:g} at t={t[i + 1]:g}: it must be finite and "
+            f"fall from t_train to t_max, in {log_snr.dtype}; choose less extreme values"
+        )
+
+
 class SDE:
     """dx = f(x, t) dt + g(t) dw with marginals x_t = alpha(t) x_0 + sigma(t) eps (arXiv:2011.13456; arXiv:2107.00630).
 

@@ -10,6 +10,7 @@ from oracle import SDES, gaussian_kl, mixture
 import sde_diffusion as sd
 from sde_diffusion.bound import bound_gradients, check_values, prior_term, reconstruction_term
 from sde_diffusion.data import Scaler
+from sde_diffusion.sde import pytree_dataclass
 
 PROCESSES = {**SDES, "linear": sd.LinearLogSNR(8.0, -6.0), "monotone": sd.MonotoneLogSNR(8.0, -6.0)}
 
@@ -248,3 +249,43 @@ def test_bad_input_is_refused(call, words):
     with pytest.raises(ValueError) as error:
         call()
     assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("sde", [sd.LinearLogSNR(8.0, -6.0), sd.MonotoneLogSNR(8.0, -6.0)], ids=["linear", "monotone"])
+def test_gradients_outside_jit_are_those_inside(sde):
+    exact = mixture()
+    x0 = exact.sample(jax.random.key(0), 4)
+
+    def gradients(sde):
+        return bound_gradients(lambda scale, sde: lambda x, t: scale * exact.score_fn(sde)(x, t), 0.8, sde, jax.random.key(1), x0)
+
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=1e-4), gradients(sde)[2:], jax.jit(gradients)(sde)[2:])
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_data_of_half_precision_meet_noise_of_full(dtype):
+    # A score of 0: the diffusion term is (8 + 5) / 2 |eps|^2, of 64 dimensions.
+    sde, x0 = sd.LinearLogSNR(8.0, -5.0), jnp.zeros((20000, 64), dtype)
+    diffusion = np.asarray(sd.variational_bound(lambda x, t: 0 * x, sde, jax.random.key(7), x0).diffusion, np.float64)
+    assert diffusion.dtype == np.float64 and abs(diffusion.mean() - 416) < 4 * diffusion.std() / np.sqrt(len(x0))
+
+
+class _Bent(sd.LinearLogSNR):
+    def fraction(self, t):
+        return t + 0.5 * jnp.sin(2 * np.pi * t)
+
+
+def test_what_is_no_bound_is_refused():
+    x0, key = jnp.zeros((2, 3)), jax.random.key(0)
+    coarse, values = sd.LinearLogSNR(1.0, -6.0), Scaler(256).values()
+    score = lambda x, t: 0 * x  # noqa: E731
+    with pytest.raises(ValueError, match="log-SNR at t_train=.* need 11.1 or more"):
+        bound_gradients(lambda *_: score, 0.0, coarse, key, jnp.asarray(values[:3])[None], values)
+    with pytest.raises(ValueError, match="pass num_steps for discrete time"):
+        sd.variational_bound(score, sd.VP(), key, x0, times=jnp.linspace(0.1, 0.9, 5))
+    bent = pytree_dataclass(_Bent)(8.0, -6.0)
+    for call in (sd.variational_bound, sd.weighted_loss):
+        with pytest.raises(ValueError, match=r"the log-SNR .* goes from -?[\d.]+ at t=.* it must be finite and fall"):
+            call(score, bent, key, x0)
+    with pytest.raises(ValueError, match="it must be finite and fall"):
+        sd.log_likelihood(score, bent, key, x0)

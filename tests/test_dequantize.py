@@ -123,8 +123,8 @@ def test_variational():
     ("scaler", "levels", "words"),
     [
         (Scaler(None), [[0]], ["num_levels=None", "vectors"]),
-        (Scaler(17), [[17]], ["17", "outside 0..16", "num_levels"]),
-        (Scaler(17), [[-1]], ["-1", "outside 0..16"]),
+        (Scaler(17), [[17]], ["17", "one of 0..16", "num_levels"]),
+        (Scaler(17), [[-1]], ["-1", "one of 0..16"]),
     ],
 )
 def test_bad_input(scaler, levels, words):
@@ -137,3 +137,11 @@ def test_bad_input(scaler, levels, words):
         with pytest.raises(ValueError) as error:
             call(jax.random.key(0), np.array(levels))
         assert all(word in str(error.value) for word in words)
+
+
+@pytest.mark.parametrize("levels", [np.array([[17, 300, -5]]), np.linspace(0, 1, 17)[None], np.array([[np.nan]]), jnp.asarray([[17]])])
+def test_a_scaler_refuses_what_are_not_its_levels(levels):
+    scaler, key = Scaler(17), jax.random.key(0)
+    for call in (scaler.encode, lambda k: scaler.dequantize(key, k), lambda k: sd.uniform_dequantize(scaler, key, k)):
+        with pytest.raises(ValueError, match=r"levels hold .*, which is not one of 0..16: pass the integer levels"):
+            call(levels)

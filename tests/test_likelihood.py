@@ -370,3 +370,12 @@ def test_slerp():
     np.testing.assert_allclose(sd.slerp(a, a, 0.3), a, rtol=1e-6)
     with pytest.raises(ValueError, match="make them equal"):
         sd.slerp(a, b[:, :4], 0.5)
+
+
+def test_a_prior_beyond_the_lowest_log_snr_has_its_own_scale():
+    # VE up to sigma = 1e5, where lambda = -23; the flow is integrated to lambda = -20.
+    gauss, sde = sd.GaussianMixture.gaussian(jnp.zeros(2), jnp.eye(2)), sd.VE(sigma_max=1e5)
+    x = gauss.sample(jax.random.key(0), 8)
+    out = sd.log_likelihood(gauss.score_fn(sde), sde, None, x, trace="exact", details=True)
+    np.testing.assert_allclose(out.log_prob, gauss.log_prob(x, sde, sde.t_min), atol=1e-3)
+    np.testing.assert_allclose(out.latent, 1e5 * x, rtol=1e-3)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sde_diffusion import report
+from sde_diffusion import data, evaluate, report
 
 
 def lines(workdir):
@@ -245,3 +245,12 @@ def test_energy_distance_takes_images():
 def test_bad_sets_are_refused(x, y, words):
     with pytest.raises(ValueError, match=words):
         report.energy_distance(x, y)
+
+
+def test_quality_takes_rows_at_random_of_a_file_in_order():
+    random, n = np.random.default_rng(0), 500
+    train, test = (np.sort(random.normal(size=(10 * n, 1)), axis=0).astype(np.float32) for _ in range(2))
+    samples = random.normal(size=(n, 1)).astype(np.float32)
+    figures = evaluate.quality(samples, data.Dataset("sorted", train, test), data.Scaler(None))
+    # 2 / sqrt(pi) (2 / n) on average, with that standard deviation at most.
+    assert max(figures["energy_distance"], figures["energy_distance_floor"]) < 5 * 2 / np.sqrt(np.pi) * 2 / n

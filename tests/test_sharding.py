@@ -196,3 +196,17 @@ def test_a_learned_schedule_under_pmap(digits):
     np.testing.assert_allclose(sums.grad_norm, totals.grad_norm, rtol=1e-5)
     for device in range(8):
         close(jax.tree.map(lambda a: a[device], many.params), state.params, 1e-5)  # noqa: B023
+
+
+def test_samples_do_not_depend_on_devices_that_do_not_divide_the_batch():
+    config = experiment(
+        data=dict(name="gaussian_mixture_2d"), model=dict(name="mlp", width=8, depth=1), sample=dict(num=25, batch_size=10, num_steps=3)
+    )
+    found = []
+    for devices in (jax.devices()[:1], jax.devices()):
+        mesh = sharding.make_mesh(devices)
+        params = train.prepare(config, data.load("gaussian_mixture_2d"), mesh)[-1]
+        params = jax.tree.map(lambda a: 0.1 * jnp.ones(a.shape, a.dtype), params.ema)
+        found.append(evaluate.make_sampler(config, mesh, (2,))(params, 25, 3))
+    assert found[0].shape == (25, 2)
+    np.testing.assert_allclose(*found, atol=1e-5)
