@@ -196,15 +196,18 @@ def _join_processes(distributed: bool = False) -> None:
         return
     # Its handler would keep a SIGTERM to itself until `Signals` takes over: the run would go on until it is killed.
     jax.config.update("jax_enable_preemption_service", False)
+    # JAX itself ends a process that waits in vain, without a line that says so.
+    late = threading.Timer(10.0, print, ["waiting for the other processes of this run, up to 5 minutes ..."], {"file": sys.stderr, "flush": True})
+    late.daemon = True
+    late.start()
     try:
         count, number = (int(os.environ[k]) if k in os.environ else None for k in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"))
-        if number != 0:
-            # JAX itself ends a process that waits in vain, without a line that says so.
-            print("waiting for the other processes of this run, up to 5 minutes ...", file=sys.stderr, flush=True)
         jax.distributed.initialize(num_processes=count, process_id=number)
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
         _fail(f"the processes of this run did not meet ({' '.join(str(error).split())}); set JAX_COORDINATOR_ADDRESS=HOST:PORT of "
               "process 0, JAX_NUM_PROCESSES and JAX_PROCESS_ID, or drop --distributed")  # fmt: skip
+    finally:
+        late.cancel()
 
 
 # What a computation over several processes says when one is gone: Gloo (CPU), NCCL (GPU), and JAX's own runtime.

@@ -92,9 +92,9 @@ def check_log_snr(sde: "SDE") -> None:
     if not known(*jax.tree.leaves(sde)):
         return
     with jax.ensure_compile_time_eval():
-        t = jnp.asarray(sde.t_min, float) + jnp.linspace(0.0, 1.0, 17) * (sde.t_max - sde.t_min)
-        t = t if sde.t_train == sde.t_min else jnp.concatenate([jnp.asarray([sde.t_train], float), t])
-        t, log_snr = np.asarray(t), np.asarray(sde.log_snr(t))
+        within = float(sde.t_min) + np.linspace(0.0, 1.0, 17) * (float(sde.t_max) - float(sde.t_min))
+        t = np.unique([float(sde.t_train), *within]).astype(jnp.zeros(0).dtype)
+        log_snr = np.asarray(sde.log_snr(jnp.asarray(t)))
     # It may end at -inf: zero terminal SNR.
     good = np.isfinite(log_snr[:-1]) & (np.diff(log_snr) < 0)
     if not good.all():
