@@ -36,14 +36,12 @@ class Checkpoints:
         if self.path.exists() and not self.path.is_dir():
             raise NotADirectoryError(f"{self.path} is a file, where checkpoints are to be; move it away, or use another --workdir")
         if self.path.is_dir() or not read_only:
-            options = ocp.CheckpointManagerOptions(
-                max_to_keep=keep, step_prefix="step", create=not read_only, read_only=read_only
-            )
-            # The handler is named: otherwise it is guessed from the newest folder, and a damaged one hides those before it.
             log = logging.getLogger("absl")
             level = log.level
             log.setLevel(logging.ERROR)  # Orbax warns of what `read_only` asks for
+            # The handler is named: otherwise it is guessed from the newest folder, and a damaged one hides those before it.
             try:
+                options = ocp.CheckpointManagerOptions(max_to_keep=keep, step_prefix="step", create=not read_only, read_only=read_only)
                 self.manager = ocp.CheckpointManager(self.path, item_handlers=ocp.StandardCheckpointHandler(), options=options)
             except RecursionError:
                 raise OSError(f"a checkpoint in {self.path} holds metadata that are none; move the newest step away") from None
