@@ -63,7 +63,7 @@ def log_likelihood(
       rtol, atol: tolerances of one step, for x / c and for the log-density per dimension.
       t_end: where the data is taken to live, in [t_train, t_max); `sde.t_min` by default.
       max_steps: steps after which an example is given up: its value is nan.
-      method: "adams" (order 4, 1 evaluation a step: the cheapest on networks), "dopri8" (8, 13 evaluations: for tolerances
+      method: "adams" (order 3, 1 evaluation a step: the cheapest on networks), "dopri8" (8, 13 evaluations: for tolerances
         below 1e-7), "tsit5" (5, 6) or "heun" (2, 2).
       num_steps, grid: fixed times, as in `sample_ode`; "student" by default. Adams splits the first step, for 4 evaluations more.
       sigma_data: standard deviation of the data; the score function's own (`as_score`), or 0.5, by default.

@@ -214,6 +214,10 @@ def _join_processes(distributed: bool = False) -> None:
 _LOST = ("Gloo", "Connection reset", "Connection closed", "NCCL", "UNAVAILABLE", "heartbeat")
 
 
+def _lost(error) -> str:
+    return f"another process of this run was lost ({str(error).splitlines()[0][:200]}); the same command goes on from the last checkpoint"
+
+
 def _quiet_threads() -> None:
     """Prints no traceback of a thread: what fails in one is raised again where it is waited for."""
     threading.excepthook = lambda _: None
@@ -318,14 +322,16 @@ def main(_):
             _use(run, state.ema, step)
     except (FloatingPointError, Unreadable) as error:
         _fail(error, at_once=True)
+    except TimeoutError as error:
+        # Orbax gives up so where another process does not come to write its part.
+        _fail(_lost(error) if jax.process_count() > 1 else error, _PASSING, at_once=True)
     except OSError as error:
         full = error.errno == errno.ENOSPC
         what = f"no space is left in {run.workdir}; free some, and the same command goes on from the last checkpoint"
         _fail(what if full else error, _PASSING, at_once=True)
     except jax.errors.JaxRuntimeError as error:
         if jax.process_count() > 1 and any(word in str(error) for word in _LOST):
-            _fail(f"another process of this run was lost ({str(error).splitlines()[0][:200]}); the same command goes on from the last "
-                  "checkpoint", _PASSING, at_once=True)  # fmt: skip
+            _fail(_lost(error), _PASSING, at_once=True)
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         _fail(f"out of memory ({str(error).splitlines()[0][:200]}); set model.remat, raise train.param_shards, or lower the "

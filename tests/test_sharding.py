@@ -56,7 +56,7 @@ def one(digits):
     return trained(tiny(), digits, jax.devices()[:1])
 
 
-@pytest.mark.parametrize("count, shards", [(8, 1), (8, 8), (8, 4)])
+@pytest.mark.parametrize("count, shards", [(2, 1), (4, 1), (8, 1), (8, 8), (8, 4)])
 def test_training_agrees_with_one_device(one, digits, count, shards):
     """Losses, parameters, samples and bits/dim, data-parallel and fully sharded."""
     config = tiny(param_shards=shards)

@@ -208,7 +208,7 @@ def test_adaptive_steps_are_each_examples_own():
     assert not few.success.any() and np.isnan(few.samples).all()
 
 
-@pytest.mark.parametrize("name", ["ve"])
+@pytest.mark.parametrize("name", ["vp", "ve"])
 def test_the_adaptive_sde_recovers_the_mixture(name):
     """Within 4 standard errors of 512 samples."""
     sde, oracle = SDES[name], mixture()
