@@ -197,6 +197,9 @@ def _solve(score_fn, sde, x, probes, t_end, times, rtol, atol, s, *, method, max
 
         if probes is None:
             return velocity(u), jnp.zeros((u.shape[0], 1), dtype)
+        if probes.ndim > u.ndim and probes.shape[1] == 1:
+            value, product = _product(velocity, u, probes[:, 0])
+            return value, (probes[:, 0] * product).reshape(u.shape[0], -1).sum(axis=1)[:, None] / num_dims
         value, product = _linearize(velocity, u)
 
         def quadratic(v):
@@ -206,8 +209,6 @@ def _solve(score_fn, sde, x, probes, t_end, times, rtol, atol, s, *, method, max
         if probes.ndim == u.ndim:  # the unit vectors
             many = max(1, min(len(probes), 1024 // u.shape[0]))
             total = jax.lax.map(lambda v: quadratic(v[None]), probes, batch_size=many).sum(axis=0)[:, None]
-        elif probes.shape[1] == 1:
-            total = quadratic(probes[:, 0])[:, None]
         else:
             total = jax.lax.map(quadratic, jnp.moveaxis(probes, 1, 0)).T
         return value, total / num_dims
@@ -237,18 +238,32 @@ def _solve(score_fn, sde, x, probes, t_end, times, rtol, atol, s, *, method, max
     return Likelihood(log_prob, standard_error, latent, evaluations)
 
 
+def _product(fn, u, v):
+    """fn(u) and a w with v^T w = v^T J v, in one pass: cheaper than `_linearize` for a single v."""
+    if _has_forward_mode(fn, u):
+        return jax.jvp(fn, (u,), (v,))
+    value, pullback = jax.vjp(fn, u)
+    return value, pullback(v)[0]
+
+
 def _linearize(fn, u):
-    """fn(u) and a function of v for v^T J v: forward mode costs least; a network with a custom backward pass knows reverse only."""
+    """fn(u) and a function from v to a w with v^T w = v^T J v."""
+    if _has_forward_mode(fn, u):
+        return jax.linearize(fn, u)
+    value, pullback = jax.vjp(fn, u)
+    return value, lambda v: pullback(v)[0]
+
+
+def _has_forward_mode(fn, u) -> bool:
+    """Forward mode costs least, but a network with a custom backward pass knows reverse only."""
     try:
-        value, product = jax.linearize(fn, u)
         # JAX says so where the product is batched or compiled, not before.
-        jax.eval_shape(jax.vmap(product), u[None])
-        return value, product
+        jax.eval_shape(jax.vmap(lambda v: jax.jvp(fn, (u,), (v,))[1]), u[None])
     except TypeError as error:
         if "custom_vjp" not in str(error):
             raise
-    value, pullback = jax.vjp(fn, u)
-    return value, lambda v: pullback(v)[0]
+        return False
+    return True
 
 
 def _adams(rate, u, probes, start, stop, nodes, rtol, atol, max_steps):

@@ -33,12 +33,10 @@ def _edm(sde, t0, t1, u, s, rho=7.0):
 
 def _student(sde, t0, t1, u, s):
     # Student's distribution with 2 degrees of freedom: F(z) = (1 + z / sqrt(2 + z^2)) / 2; a wider half above the centre.
-    centre, num = jnp.log(1.5 * s), u.shape[0] - 1
-    # With more steps the fine structure of images, far below the centre, is what is left of the error.
-    above = min(max(num / 5, 2.0), 4.0)
+    centre = jnp.log(1.5 * s)
 
     def width(side):
-        return jnp.where(side > 0, above, 0.9 * above)
+        return jnp.where(side > 0, 2.0, 1.8)
 
     ends = (-0.5 * log_snr - centre for log_snr in (terminal_log_snr(sde, u.dtype), sde.log_snr(t1)))
     first, last = (z / jnp.sqrt(2 * width(z) ** 2 + z**2) for z in ends)
@@ -56,8 +54,7 @@ def time_grid(
     """num_steps + 1 decreasing times from `sde.t_max` to t_end (`sde.t_min` by default).
 
     kind: "student", the default: log(sigma / alpha) at equal quantiles of Student's t distribution (2 degrees of freedom,
-    scale num_steps / 5, from 2 to 4, and 0.9 of it below) around log(1.5 sigma_data): most steps where the data takes
-    shape; "edm": uniform in
+    scale 2 above and 1.8 below) around log(1.5 sigma_data): most steps where the data takes shape; "edm": uniform in
     (sigma / alpha)^(1/7) (arXiv:2206.00364 eq. 5); "log_snr": uniform in lambda (arXiv:2206.00927 section 3.2); "uniform" in t;
     "quadratic": uniform in sqrt(t) (arXiv:2010.02502 appendix D.2).
     sigma_data: the standard deviation of the data, for "student".
