@@ -242,8 +242,8 @@ def _product(fn, u, v):
     """fn(u) and a w with v^T w = v^T J v, in one pass: cheaper than `_linearize` for a single v."""
     if _has_forward_mode(fn, u):
         return jax.jvp(fn, (u,), (v,))
-    value, pullback = jax.vjp(fn, u)
-    return value, pullback(v)[0]
+    value, product = _linearize(fn, u)
+    return value, product(v)
 
 
 def _linearize(fn, u):

@@ -27,7 +27,7 @@ def adams(steps: Steps) -> Table:
 
     It predicts by three quarters of Adams-Bashforth of order 4 and one of order 3: networks are less smooth than exact scores,
     and high orders amplify that. The last three steps are of orders 2 and 1: they are long beside the finest structure of the data, and the
-    network's own error outweighs what higher orders gain. Order 2 is that of the last step; the others are of order 4.
+    network's own error outweighs what higher orders gain. Order 2 is that of the last step, which is not corrected.
     """
     left = steps.num - np.arange(steps.num)
     order = np.minimum(orders(steps.num, 4), np.maximum(2, left - 1))
