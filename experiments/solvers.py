@@ -14,6 +14,7 @@ Prints tables, writes solvers.json and solvers.png to --out.
 import argparse
 import dataclasses
 import importlib.util
+import itertools
 import json
 import platform
 import time
@@ -152,8 +153,8 @@ def learned(problem: Problem) -> dict[int, dict]:
     return out
 
 
-def peers(problem: Problem) -> dict[str, dict[int, tuple[float, str]]]:
-    """diffusers' solvers on the same states, each with the better of EDM's grid and uniform log(sigma / alpha)."""
+def diffusers_samples(sde, predict, start, budgets):
+    """(solver, budget, grid, end points) of diffusers' solvers from these states, on EDM's grid and uniform log(sigma / alpha)."""
     import torch
     from diffusers import DEISMultistepScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
 
@@ -165,34 +166,32 @@ def peers(problem: Problem) -> dict[str, dict[int, tuple[float, str]]]:
         "UniPC-3": (UniPCMultistepScheduler, {"solver_order": 3, "solver_type": "bh2"}),
         "DEIS-3": (DEISMultistepScheduler, {"solver_order": 3}),
     }
-    sde = problem.sde
-    exact = jax.jit(problem.score_fn.predict)
-    grids = {name: {n: np.asarray(sd.time_grid(sde, n, name)) for n in BUDGETS} for name in ("edm", "log_snr")}
+    predict = jax.jit(predict)
+    for (name, (scheduler, options)), budget, grid in itertools.product(kinds.items(), budgets, ("edm", "log_snr")):
+        t = np.asarray(sd.time_grid(sde, budget, grid))
+        alpha, sigma = (np.asarray(f(t), np.float64) for f in (sde.alpha, sde.sigma))
+        # diffusers knows sigma / alpha alone, and keeps the state of a variance-preserving process.
+        scale = np.hypot(alpha, sigma)
+        solver = scheduler(prediction_type="sample", **options)
+        solver.set_timesteps(budget)
+        solver.sigmas = torch.from_numpy(sigma / alpha)
+        solver.timesteps = torch.arange(budget)
+        solver.num_inference_steps = budget
+        solver.model_outputs = [None] * solver.config.solver_order
+        state = torch.from_numpy(np.asarray(start, np.float64) / scale[0])
+        for i in range(budget):
+            x = jnp.asarray(state.numpy() * scale[i], jnp.float32)
+            x0 = predict(x, jnp.full(len(x), t[i]))[0]
+            state = solver.step(torch.from_numpy(np.asarray(x0, np.float64)), solver.timesteps[i], state).prev_sample
+        yield name, budget, grid, state.numpy() * scale[-1]
 
+
+def peers(problem: Problem) -> dict[str, dict[int, tuple[float, str]]]:
+    """The error of diffusers' solvers on the same states, each with the better of its grids."""
     table = {}
-    for name, (scheduler, options) in kinds.items():
-        table[name] = {}
-        for budget in BUDGETS:
-            errors = {}
-            for grid, times in grids.items():
-                t = times[budget]
-                alpha, sigma = (np.asarray(f(t), np.float64) for f in (sde.alpha, sde.sigma))
-                # diffusers knows sigma / alpha alone, and keeps the state of a variance-preserving process.
-                scale = np.hypot(alpha, sigma)
-                solver = scheduler(prediction_type="sample", **options)
-                solver.set_timesteps(budget)
-                solver.sigmas = torch.from_numpy(sigma / alpha)
-                solver.timesteps = torch.arange(budget)
-                solver.num_inference_steps = budget
-                solver.model_outputs = [None] * solver.config.solver_order
-                state = torch.from_numpy(problem.start / scale[0])
-                for i in range(budget):
-                    x = jnp.asarray(state.numpy() * scale[i], jnp.float32)
-                    x0 = exact(x, jnp.full(len(x), t[i]))[0]
-                    state = solver.step(torch.from_numpy(np.asarray(x0, np.float64)), solver.timesteps[i], state).prev_sample
-                errors[grid] = rmse(state.numpy() * scale[-1], problem.end)
-            grid = min(errors, key=errors.get)
-            table[name][budget] = (errors[grid], grid)
+    for name, budget, grid, end in diffusers_samples(problem.sde, problem.score_fn.predict, problem.start, BUDGETS):
+        row, found = table.setdefault(name, {}), (rmse(end, problem.end), grid)
+        row[budget] = min(row.get(budget, found), found)
     return table
 
 

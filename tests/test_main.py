@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 
+from experiments import networks
 from sde_diffusion import config as configs
 from sde_diffusion import data, train
 from sde_diffusion.checkpoint import Checkpoints
@@ -81,6 +82,16 @@ def test_sample_and_eval_find_the_config_in_the_workdir(workdir):
     assert done.returncode == 0, done.stderr[-3000:]
     # The same checkpoint, data and seeds: the same figures to the last digit.
     assert json.loads((workdir / "eval_00000006.json").read_text()) == json.loads(before)
+
+
+@pytest.mark.slow
+def test_solvers_beside_each_other_on_a_run(workdir, tmp_path, capsys):
+    networks.main([f"--workdir={workdir}", "--num=8", "--reference=100", "--budgets=3,24", f"--out={tmp_path}"])
+    table = json.loads((tmp_path / "networks.json").read_text())["table"]
+    assert table["24"]["adams"]["rmse"] < 0.2 * table["3"]["adams"]["rmse"]
+    theirs = min(row["rmse"] for name, row in table["3"].items() if name not in ("adams", "ratio"))
+    assert table["3"]["ratio"]["value"] == pytest.approx(table["3"]["adams"]["rmse"] / theirs)
+    assert "geometric mean" in capsys.readouterr().out
 
 
 BAD = [

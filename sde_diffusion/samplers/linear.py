@@ -134,6 +134,22 @@ def data_space(steps: Steps) -> Space:
     return Space(one, 0 * one, shrink * jnp.exp(-tau2 * h), h, points, weights * kernel, noise)
 
 
+def damped_data_space(steps: Steps) -> Space:
+    """`data_space` of x0 / sqrt(1 + (0.03 sigma / (alpha s))^2), s the standard deviation of the data: the project's own.
+
+    At the start, where sigma / alpha is hundreds, x0_hat of a network that predicts eps is its error times that. Kept so,
+    it would be extrapolated by the second step; damped, it counts about as much there as in the first step. For SNRs above
+    1e-3 or so the space is `data_space`.
+    """
+    space = data_space(steps)
+
+    def damping(half_log_snr):
+        return jax.lax.rsqrt(1 + (0.03 * jnp.exp(-half_log_snr) / steps.sigma_data) ** 2)
+
+    at = damping(steps.half_log_snr[:-1, None] + space.points)
+    return dataclasses.replace(space, x0=damping(steps.half_log_snr), weights=space.weights / at)
+
+
 def noise_space(steps: Steps) -> Space:
     """eps over l = log(alpha / sigma): x_s / alpha_s = x_t / alpha_t - int e^(-l) eps dl (arXiv:2206.00927 eq. 3.4)."""
     one, h = jnp.ones_like(steps.time), steps.h

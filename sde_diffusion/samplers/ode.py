@@ -6,8 +6,8 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from sde_diffusion.samplers.integrate import integrate
 from sde_diffusion.samplers.linear import (
-    Solver, Steps, Table, adams_bashforth, adams_moulton, angle_space, data_space, midpoint, multistep, noise_space,
-    one_step, orders, register, residual, sigma_space,
+    Solver, Steps, Table, adams_bashforth, adams_moulton, angle_space, damped_data_space, data_space, midpoint,
+    multistep, noise_space, one_step, orders, register, residual, sigma_space,
 )  # fmt: skip
 from sde_diffusion.sde import SDE, Number, derivative
 
@@ -28,7 +28,10 @@ def adams(steps: Steps) -> Table:
     It predicts by three quarters of Adams-Bashforth of order 4 and one of order 3: networks are less smooth than exact scores,
     and high orders amplify that. The last three steps are of orders 2 and 1: they are long beside the finest structure of the data, and the
     network's own error outweighs what higher orders gain. Order 2 is that of the last step, which is not corrected.
+    Below 6 steps, which are too long for that, it is unipc_3 with x0 damped at the start (`linear.damped_data_space`).
     """
+    if steps.num < 6:
+        return _unipc(steps, 3, damped_data_space(steps))
     left = steps.num - np.arange(steps.num)
     order = np.minimum(orders(steps.num, 4), np.maximum(2, left - 1))
     space = angle_space(steps)
@@ -122,8 +125,8 @@ def _singlestep(steps, points, moves):
     return one_step(times, [(1.0, 0.0)] * len(times), moves)
 
 
-def _unipc(steps, order):
-    space, order = data_space(steps), orders(steps.num, order, taper=True)
+def _unipc(steps, order, space=None):
+    space, order = data_space(steps) if space is None else space, orders(steps.num, order, taper=True)
     explicit, implicit = adams_bashforth(space, order), adams_moulton(space, order)
     # With B(h) = e^h - 1 the paper replaces the solutions of the smallest systems by 1/2.
     if order.max() > 1:
