@@ -16,6 +16,7 @@ import platform
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 import sde_diffusion as sd
@@ -30,7 +31,7 @@ OWN = ("ddim", "dpmpp_2m", "dpmpp_3m", "unipc_2", "unipc_3", "deis_2", "deis_3")
 def ends(run, start, **options) -> np.ndarray:
     """The end points at t_min, in batches of 128."""
     parts = [
-        sd.sample_ode(run.score_fn, run.sde, jax.random.key(0), part.shape, init=part, denoise=False, **options)
+        sd.sample_ode(run.score_fn, run.sde, jax.random.key(0), part.shape, init=jnp.asarray(part), denoise=False, **options)
         for part in np.array_split(start, -(-len(start) // 128))
     ]
     return np.concatenate(parts).astype(np.float64)

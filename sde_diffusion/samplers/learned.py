@@ -20,7 +20,7 @@ from jaxtyping import PRNGKeyArray
 from sde_diffusion.prediction import as_pytree, check_process
 from sde_diffusion.samplers.grid import check_t_end, time_grid
 from sde_diffusion.samplers.linear import Steps, Table, run
-from sde_diffusion.samplers.ode import METHODS, sample_ode
+from sde_diffusion.samplers.ode import between_orders, sample_ode
 from sde_diffusion.sde import SDE, check, known, pytree_dataclass
 
 # Random directions of each end point in which its derivatives are taken.
@@ -241,7 +241,7 @@ class _Family:
         inner = plain.half_log_snr[0] + jnp.cumsum(lengths * (plain.h.sum() / lengths.sum()))[:-1]
         times = jnp.concatenate([self.times[:1], self.sde.time(2 * inner), self.times[-1:]])
         steps = Steps.of(self.sde, times, self.sigma_data)
-        table = METHODS["adams"](steps)
+        table = between_orders(steps)
         c = jnp.sqrt((steps.alpha * self.sigma_data) ** 2 + steps.sigma**2)
         free = jnp.zeros((n, n)).at[self._places()].set(parameters["history"])
         history = jnp.pad(table.history, ((0, 0), (0, max(0, n - table.history.shape[1]))))[:, :n] + c[1:, None] * free

@@ -21,6 +21,16 @@ def _adams(steps, order):
     return multistep(steps, space, adams_bashforth(space, order), adams_moulton(space, order))
 
 
+def between_orders(steps: Steps) -> Table:
+    """`adams` from 6 steps on, for any number of them."""
+    left = steps.num - np.arange(steps.num)
+    order = np.minimum(orders(steps.num, 4), np.maximum(2, left - 1))
+    space = angle_space(steps)
+    high, low = adams_bashforth(space, order), adams_bashforth(space, np.maximum(order - 1, 1))
+    explicit = 0.75 * high + 0.25 * jnp.pad(low, ((0, 0), (0, high.shape[1] - low.shape[1])))
+    return multistep(steps, space, explicit, adams_moulton(space, order))
+
+
 @register(METHODS, order=2, evaluations=1, source="as adams_4")
 def adams(steps: Steps) -> Table:
     """The default, for any number of evaluations: as adams_4, with a predictor between two orders.
@@ -32,12 +42,7 @@ def adams(steps: Steps) -> Table:
     """
     if steps.num < 6:
         return _unipc(steps, 3, damped_data_space(steps))
-    left = steps.num - np.arange(steps.num)
-    order = np.minimum(orders(steps.num, 4), np.maximum(2, left - 1))
-    space = angle_space(steps)
-    high, low = adams_bashforth(space, order), adams_bashforth(space, np.maximum(order - 1, 1))
-    explicit = 0.75 * high + 0.25 * jnp.pad(low, ((0, 0), (0, high.shape[1] - low.shape[1])))
-    return multistep(steps, space, explicit, adams_moulton(space, order))
+    return between_orders(steps)
 
 
 @register(METHODS, order=3, evaluations=1, min_steps=2, source="as adams_4")
