@@ -45,6 +45,7 @@ def log_likelihood(
     num_steps: int | None = None,
     grid: str | Float[Array, " times"] | None = None,
     sigma_data: Number | None = None,
+    batch_size: int | None = None,
     details: bool = False,
 ):
     """log p(x) in nats, `(B,)`: the density that the probability-flow ODE from t_max to t_end transports the prior to.
@@ -67,6 +68,8 @@ def log_likelihood(
         below 1e-7), "tsit5" (5, 6) or "heun" (2, 2).
       num_steps, grid: fixed times, as in `sample_ode`; "student" by default. Adams splits the first step, for 4 evaluations more.
       sigma_data: standard deviation of the data; the score function's own (`as_score`), or 0.5, by default.
+      batch_size: examples that are solved at once, all of them by default. With fewer, an example that is done makes room for the next
+        ("adams"), so that none waits for the slowest and memory is bounded; score_fn is called on as many.
       details: return a `Likelihood`: the value with its standard error, latent and count of evaluations.
 
     Raises:
@@ -86,7 +89,7 @@ def log_likelihood(
         probes = jnp.eye(x[0].size, dtype=dtype).reshape(-1, *x.shape[1:])
     out = _flow(
         score_fn, sde, x, probes, rtol=rtol, atol=atol, t_end=t_end, max_steps=max_steps, method=method, num_steps=num_steps,
-        grid=grid, sigma_data=sigma_data,
+        grid=grid, sigma_data=sigma_data, batch_size=batch_size,
     )  # fmt: skip
     return out if details else out.log_prob
 
@@ -104,6 +107,7 @@ def encode(
     num_steps: int | None = None,
     grid: str | Float[Array, " times"] | None = None,
     sigma_data: Number | None = None,
+    batch_size: int | None = None,
 ) -> Float[Array, "b ..."]:
     """The latent of x `(B, *event)` at t_max, by the probability-flow ODE from t_end (arXiv:2011.13456 section 4.3).
 
@@ -115,7 +119,7 @@ def encode(
     """
     return _flow(
         score_fn, sde, x, None, rtol=rtol, atol=atol, t_end=t_end, max_steps=max_steps, method=method, num_steps=num_steps,
-        grid=grid, sigma_data=sigma_data,
+        grid=grid, sigma_data=sigma_data, batch_size=batch_size,
     ).latent  # fmt: skip
 
 
@@ -146,11 +150,13 @@ def slerp(a: Float[Array, "b ..."], b: Float[Array, "b ..."], fraction: Times) -
     return (expand(first, a) * a + expand(second, b) * b).astype(a.dtype)
 
 
-def _flow(score_fn, sde, x, probes, *, rtol, atol, t_end, max_steps, method, num_steps, grid, sigma_data) -> Likelihood:
+def _flow(score_fn, sde, x, probes, *, rtol, atol, t_end, max_steps, method, num_steps, grid, sigma_data, batch_size) -> Likelihood:
     """Checks what the public functions share, and runs."""
     check(jnp.issubdtype(x.dtype, jnp.floating), f"x has dtype {x.dtype}; scale it to floats first (data.Scaler does, with dequantization)")
     check(rtol > 0 and atol > 0, f"rtol={rtol} and atol={atol} must be positive; 1e-4 is usual")
     check(isinstance(max_steps, int) and max_steps >= 1, f"max_steps={max_steps} must be an integer of at least 1")
+    whole = batch_size is None or (isinstance(batch_size, int) and batch_size >= 1)
+    check(whole, f"batch_size={batch_size} must be an integer of at least 1, or None for all examples at once")
     lookup(METHODS, method, "method")
     check_log_snr(sde)
     check_process(score_fn, sde)
@@ -167,12 +173,12 @@ def _flow(score_fn, sde, x, probes, *, rtol, atol, t_end, max_steps, method, num
     with jax.default_matmul_precision("float32" if jax.default_backend() != "cpu" else None):
         return _solve(
             as_pytree(score_fn), sde, x.astype(dtype), probes, jnp.asarray(t_end, dtype), times, rtol, atol, sigma_data,
-            method=method, max_steps=max_steps,
+            method=method, max_steps=max_steps, batch_size=batch_size,
         )  # fmt: skip
 
 
-@functools.partial(jax.jit, static_argnames=("method", "max_steps"))
-def _solve(score_fn, sde, x, probes, t_end, times, rtol, atol, s, *, method, max_steps):
+@functools.partial(jax.jit, static_argnames=("method", "max_steps", "batch_size"))
+def _solve(score_fn, sde, x, probes, t_end, times, rtol, atol, s, *, method, max_steps, batch_size):
     dtype, num_dims = x.dtype, x[0].size
 
     def angle(log_snr):
@@ -183,8 +189,10 @@ def _solve(score_fn, sde, x, probes, t_end, times, rtol, atol, s, *, method, max
         """c of x = c u."""
         return (sde.sigma(t) * jnp.sqrt(1 + s**2 * jnp.exp(log_snr))).astype(dtype)
 
-    def rate(theta, u, probes):
-        """du/dtheta `(B, *event)` and the divergences per dimension `(B, P)`; theta is `(B,)`."""
+    shared = probes is None or probes.ndim == x.ndim  # nothing, or the unit vectors
+
+    def rate(theta, u, own):
+        """du/dtheta `(B, *event)` and the divergences per dimension `(B, P)`; theta is `(B,)`, own each example's probes."""
         cos, sin = jnp.cos(theta), jnp.sin(theta)
         log_snr = -2 * jnp.log(s * jnp.tan(theta))
         t = sde.time(log_snr)
@@ -197,20 +205,20 @@ def _solve(score_fn, sde, x, probes, t_end, times, rtol, atol, s, *, method, max
 
         if probes is None:
             return velocity(u), jnp.zeros((u.shape[0], 1), dtype)
-        if probes.ndim > u.ndim and probes.shape[1] == 1:
-            value, product = _product(velocity, u, probes[:, 0])
-            return value, (probes[:, 0] * product).reshape(u.shape[0], -1).sum(axis=1)[:, None] / num_dims
+        if not shared and own.shape[1] == 1:
+            value, product = _product(velocity, u, own[:, 0])
+            return value, (own[:, 0] * product).reshape(u.shape[0], -1).sum(axis=1)[:, None] / num_dims
         value, product = _linearize(velocity, u)
 
         def quadratic(v):
             v = jnp.broadcast_to(v, u.shape)
             return (v * product(v)).reshape(u.shape[0], -1).sum(axis=1)
 
-        if probes.ndim == u.ndim:  # the unit vectors
+        if shared:
             many = max(1, min(len(probes), 1024 // u.shape[0]))
             total = jax.lax.map(lambda v: quadratic(v[None]), probes, batch_size=many).sum(axis=0)[:, None]
         else:
-            total = jax.lax.map(quadratic, jnp.moveaxis(probes, 1, 0)).T
+            total = jax.lax.map(quadratic, jnp.moveaxis(own, 1, 0)).T
         return value, total / num_dims
 
     first, last = sde.log_snr(t_end), terminal_log_snr(sde, dtype)
@@ -222,14 +230,12 @@ def _solve(score_fn, sde, x, probes, t_end, times, rtol, atol, s, *, method, max
     t_max = jnp.asarray(sde.t_max, dtype)
     begin, end = scale(first, t_end), scale(sde.log_snr(t_max), t_max)
     u = x / begin
-    if method == "adams":
-        u, log_det, evaluations, success = _adams(rate, u, probes, start, stop, nodes, rtol, atol, max_steps)
-    else:
-        u, log_det, evaluations, success = _runge_kutta(rate, u, probes, start, stop, nodes, rtol, atol, max_steps, method)
+    solve = _adams if method == "adams" else functools.partial(_runge_kutta, method=method)
+    u, log_det, evaluations, success = solve(rate, u, None if shared else probes, start, stop, nodes, rtol, atol, max_steps, batch_size)
     latent = jnp.where(expand(success.astype(dtype), u) > 0, end * u, jnp.nan)
     log_det = num_dims * (log_det + jnp.log(end / begin))
     log_prob = sde.prior_log_prob(latent) + log_det.mean(axis=1)
-    if probes is None or probes.ndim == x.ndim:
+    if shared:
         standard_error = jnp.zeros_like(log_prob)
     elif log_det.shape[1] == 1:
         standard_error = jnp.full_like(log_prob, jnp.nan)
@@ -266,14 +272,13 @@ def _has_forward_mode(fn, u) -> bool:
     return True
 
 
-def _adams(rate, u, probes, start, stop, nodes, rtol, atol, max_steps):
+def _adams(rate, u, probes, start, stop, nodes, rtol, atol, max_steps, batch_size):
     if nodes is not None:
         # The method starts with order 1.
         split = nodes[0] + (nodes[1] - nodes[0]) * jnp.asarray([1 / 16, 1 / 8, 1 / 4, 1 / 2], nodes.dtype)
         nodes = jnp.concatenate([split, nodes[1:]])
-        max_steps = len(nodes)
 
-    def weighted(theta, u):
+    def weighted(theta, u, probes):
         # An error of u changes log p by eps / sin(theta) times it, and less where its direction is unrelated to eps.
         return *rate(theta, u, probes), jax.lax.rsqrt(jnp.sin(theta))
 
@@ -281,32 +286,36 @@ def _adams(rate, u, probes, start, stop, nodes, rtol, atol, max_steps):
         # Towards pi / 2 a network depends on log(pi / 2 - theta); without the limit, the last step takes e-folds of it at once.
         return 0.3 * (0.5 * math.pi + 0.02 - theta)
 
-    return adams(weighted, u, start, stop, rtol, atol, max_steps=max_steps, longest=longest, times=nodes)
+    return adams(
+        weighted, u, probes, start, stop, rtol, atol, max_steps=max_steps, longest=longest, times=nodes, batch_size=batch_size
+    )
 
 
-def _runge_kutta(rate, u, probes, start, stop, nodes, rtol, atol, max_steps, method):
+def _runge_kutta(rate, u, probes, start, stop, nodes, rtol, atol, max_steps, batch_size, *, method):
     import diffrax  # here, because importing it takes longer than the whole of this library
 
-    shared = probes is None or probes.ndim == u.ndim
     solver = {"tsit5": diffrax.Tsit5, "dopri8": diffrax.Dopri8, "heun": diffrax.Heun}[method]()
     if nodes is None:
         controller = diffrax.PIDController(rtol=rtol, atol=atol, norm=_norm)
     else:
         controller, max_steps = diffrax.StepTo(nodes), len(nodes)
 
-    def one(u, probes):
+    def one(example):
+        u, probes = jax.tree.map(lambda a: a[None], example)
+
         def slope(theta, state, _):
-            value, density = rate(theta[None], state[0][None], probes if shared else probes[None])
+            value, density = rate(theta[None], state[0][None], probes)
             return value[0], density[0]
 
+        density = jax.eval_shape(rate, start[None], u, probes)[1]
         solution = diffrax.diffeqsolve(
-            diffrax.ODETerm(slope), solver, t0=start, t1=stop, dt0=None,
-            y0=(u, jnp.zeros(1 if shared else probes.shape[0], u.dtype)), stepsize_controller=controller, max_steps=max_steps, throw=False,
+            diffrax.ODETerm(slope), solver, t0=start, t1=stop, dt0=None, y0=(u[0], jnp.zeros(density.shape[1:], density.dtype)),
+            stepsize_controller=controller, max_steps=max_steps, throw=False,
         )  # fmt: skip
         u, log_det = (leaf[0] for leaf in solution.ys)
         return u, log_det, solution.stats["num_steps"], solution.result == diffrax.RESULTS.successful
 
-    u, log_det, steps, success = jax.vmap(one, in_axes=(0, None if shared else 0))(u, probes)
+    u, log_det, steps, success = jax.lax.map(one, (u, probes), batch_size=min(batch_size or len(u), len(u)))
     before, per_step = METHODS[method]
     return u, log_det, before + per_step * steps, success
 

@@ -117,6 +117,40 @@ def test_an_example_does_not_depend_on_its_neighbours():
     np.testing.assert_allclose(other[0], batch[0], atol=1e-6)
 
 
+@pytest.mark.parametrize("method", ["adams", "dopri8"])
+def test_a_few_at_once_have_the_numbers_of_all_at_once(method):
+    """Seven by three: one is far more distant than the others, and one fails."""
+    sde, oracle, key = SDES["vp"], mixture(), jax.random.key(9)
+    x = oracle.sample(jax.random.key(8), 7).at[1].mul(30.0).at[4].set(jnp.nan)
+    together, few = (
+        sd.log_likelihood(oracle.score_fn(sde), sde, key, x, method=method, batch_size=size, num_probes=2, details=True) for size in (None, 3)
+    )
+    assert np.isfinite(np.delete(few.log_prob, 4)).all() and np.isnan(few.log_prob[4])
+    np.testing.assert_allclose(few.log_prob, together.log_prob, atol=2e-4, rtol=1e-5)
+    np.testing.assert_allclose(few.latent, together.latent, atol=2e-4, rtol=1e-5)
+    np.testing.assert_allclose(few.evaluations, together.evaluations, rtol=0.05)
+
+
+def test_an_example_that_is_done_makes_room_for_the_next():
+    """The first of six needs the most evaluations; two at once take those of a queue, not those of three pairs."""
+    sde, oracle, calls = SDES["vp"], mixture(), []
+    exact = oracle.score_fn(sde)
+
+    def score_fn(x, t):
+        assert x.shape[0] == 2
+        jax.debug.callback(lambda: calls.append(1))
+        return exact(x, t)
+
+    x = oracle.sample(jax.random.key(8), 6).at[0].mul(1000.0)
+    out = sd.log_likelihood(score_fn, sde, None, x, trace="exact", details=True, batch_size=2)
+    jax.block_until_ready(out)
+    jax.effects_barrier()
+    counts, slots = np.asarray(out.evaluations), [0, 0]
+    for count in counts:
+        slots[np.argmin(slots)] += count
+    assert len(calls) == max(slots) < counts.reshape(3, 2).max(axis=1).sum()
+
+
 def test_its_probes_are_its_own():
     """Hutchinson's value of the first example is the same whatever stands behind it."""
     sde, oracle, key = SDES["vp"], mixture(), jax.random.key(9)
@@ -153,7 +187,7 @@ def test_its_gradient_is_the_score():
     oracle, sde = mixture(), WIDE["vp"]
     x = oracle.sample(jax.random.key(11), 4)
     gradient = jax.grad(
-        lambda x: sd.log_likelihood(oracle.score_fn(sde), sde, None, x, trace="exact", t_end=0.05).sum()
+        lambda x: sd.log_likelihood(oracle.score_fn(sde), sde, None, x, trace="exact", t_end=0.05, batch_size=3).sum()
     )(x)
     expected = oracle.score_fn(sde)(x, jnp.full(4, 0.05))
     np.testing.assert_allclose(gradient, expected, atol=0.02)
@@ -197,6 +231,7 @@ def test_an_example_that_runs_out_of_steps_is_nan():
         ({"num_probes": 0}, ["num_probes=0", "at least 1"]),
         ({"method": "rk45"}, ["'rk45'", "adams, dopri8, heun, tsit5"]),
         ({"num_steps": 0}, ["num_steps=0", "at least 1"]),
+        ({"batch_size": 0}, ["batch_size=0", "at least 1", "None"]),
         ({"atol": 0.0}, ["atol=0.0", "positive"]),
         ({"t_end": 2.0}, ["t_end=2.0", "t_train=1e-05", "t_max=1.0", "None"]),
         ({"t_end": 0.0}, ["t_end=0.0", "VP"]),

@@ -32,9 +32,10 @@ class Table:
 
     Attributes:
       time: of the evaluations, `(R,)`; there are R / N rows for each of the grid's N steps.
-      x0, eps: what is kept of an evaluation, `(R,)` each.
+      x0, eps: what is kept of an evaluation, `(R,)` each; `(R, M)` where M combinations are kept.
       state: factor of the state, `(R,)`.
-      history: factors of this evaluation and those before it, the newest first, `(R, K)`; zero where there is none.
+      history: factors of this evaluation and those before it, the newest first, `(R, K)`; zero where there is none. `(R, K M)` for M combinations,
+        those of one evaluation side by side.
       noise: standard deviation of what is added, `(R,)`, or None for a deterministic solver.
       stages: R / N, the evaluations of a step.
     """
@@ -272,6 +273,14 @@ def multistep(
     return Table(steps.time[:-1], space.x0[:-1], space.eps[:-1], space.factor, history, space.noise)
 
 
+def mean(a: Table, b: Table) -> Table:
+    """The solver whose rows end midway between those of two with the same times: deterministic, with one combination kept."""
+    num = max(a.history.shape[1], b.history.shape[1])
+    history = jnp.stack([jnp.pad(t.history, ((0, 0), (0, num - t.history.shape[1]))) for t in (a, b)], axis=-1)
+    kept = (jnp.stack([getattr(t, name) for t in (a, b)], axis=-1) for name in ("x0", "eps"))
+    return Table(a.time, *kept, 0.5 * (a.state + b.state), 0.5 * history.reshape(len(history), -1), None, a.stages)
+
+
 def one_step(times, kept, moves, noise=None) -> Table:
     """The table of a method of S evaluations a step that starts anew at each step, from its textbook form.
 
@@ -309,7 +318,7 @@ def run(table: Table, score_fn, sde, key, x, t_end, *, correct=None, denoise=Tru
     """
     if denoise:
         last = Table(t_end, 1.0, 0.0, 0.0, np.eye(table.history.shape[1])[0], None if table.noise is None else 0.0, table.stages)
-        table = jax.tree.map(lambda a, b: jnp.concatenate([a, jnp.asarray(b, a.dtype)[None]]), table, last)
+        table = jax.tree.map(lambda a, b: jnp.concatenate([a, jnp.broadcast_to(jnp.asarray(b, a.dtype), (1, *a.shape[1:]))]), table, last)
     num = table.time.shape[0]
     index = jnp.arange(num)
     step_done = ((index + 1) % table.stages == 0) & (index < num - denoise)
@@ -321,7 +330,8 @@ def run(table: Table, score_fn, sde, key, x, t_end, *, correct=None, denoise=Tru
         row, index, done, s = inputs
         key_noise, key_correct = jax.random.split(jax.random.fold_in(key, index))
         x0, eps = predict(score_fn, sde, x, row.time)
-        past = jnp.concatenate([(row.x0 * x0 + row.eps * eps).astype(x.dtype)[None], past[:-1]])
+        kept = [(a * x0 + b * eps).astype(x.dtype) for a, b in zip(jnp.atleast_1d(row.x0), jnp.atleast_1d(row.eps))]
+        past = jnp.concatenate([jnp.stack(kept), past[: -len(kept)]])
         y = row.state * x + jnp.tensordot(row.history, past, 1, precision="highest")
         if row.noise is not None:
             y = y + row.noise * jax.random.normal(key_noise, x.shape, x.dtype)

@@ -29,14 +29,16 @@ class MultistepSolution(NamedTuple):
 
 
 class _Carry(NamedTuple):
+    """Of each example; B is the batch."""
+
     u: Any
     integral: Any
     times: Any  # (B, 4): of the newest nodes, newest first
-    slopes: Any  # (ORDER, B, *event): du/dy there
-    densities: Any  # (4, B, P): the integrand there
+    slopes: Any  # (B, ORDER, *event): du/dy there
+    densities: Any  # (B, 4, P): the integrand there
     count: Any  # nodes so far
     step: Any
-    tried: Any
+    tried: Any  # evaluations so far
     done: Any
     success: Any
     error: Any  # of the last step that was accepted
@@ -44,9 +46,10 @@ class _Carry(NamedTuple):
 
 
 def adams(
-    rate, u, start, stop, rtol, atol, *, max_steps: int, longest=lambda y: jnp.inf, times: Float[Array, " n"] | None = None
+    rate, u, args, start, stop, rtol, atol, *, max_steps: int, longest=lambda y: jnp.inf, times: Float[Array, " n"] | None = None,
+    batch_size: int | None = None,
 ) -> MultistepSolution:  # fmt: skip
-    """du/dy = rate(y, u)[0] and the integral of rate(y, u)[1], from y = start to stop.
+    """du/dy = rate(y, u, args)[0] and the integral of rate(y, u, args)[1], from y = start to stop.
 
     Predicts by the mean of Adams-Bashforth of orders 2 and 3, evaluates once, corrects by Adams-Moulton of order 4. An interval's integral
     is that of the cubic through the two nodes on either side of it. The order is low on purpose: a network is smooth only over short
@@ -54,80 +57,95 @@ def adams(
     are a quarter of a period apart, so that of their mean is smaller than either.
 
     Args:
-      rate: `(y (B,), u (B, *event)) -> (du/dy (B, *event), integrand (B, P), weight (B,))`. The error in u counts times weight.
+      rate: `(y (B,), u (B, *event), args) -> (du/dy (B, *event), integrand (B, P), weight (B,))`. The error in u counts times weight.
+      args: arrays with a first axis of the batch.
       rtol, atol: of one step, against the mean square over u and, five times as large, the mean over the P integrands.
       longest: `(y (B,)) -> (B,)`, the longest step from y.
       times: the nodes after `start`, shared by the batch, in place of steps by tolerance; the last is stop.
+      batch_size: B of `rate`: where an example is done, the next takes its place, and none waits for the slowest. All by default.
     """
     from equinox.internal import while_loop  # differentiable in reverse, as diffrax's own
 
-    batch, dtype = u.shape[0], u.dtype
-    fixed = times is not None
-    y = jnp.full(batch, start, dtype)
-    slope, density, _ = rate(y, u)
+    num, dtype = u.shape[0], u.dtype
+    batch = min(batch_size or num, num)
     rounding = 16 * jnp.finfo(dtype).eps * (stop - start)
-    no, yes = jnp.zeros(batch, bool), jnp.ones(batch, bool)
+    if times is not None:
+        max_steps = len(times)
+    # The first evaluation, at the start, is a step of length 0: a program holds the network once.
+    y = jnp.full(num, start, dtype)
+    _, density, _ = jax.eval_shape(rate, *jax.tree.map(lambda a: a[:batch], (y, u, args)))
+    density = jnp.zeros((num, *density.shape[1:]), density.dtype)
+    no, ones, none = jnp.zeros(num, bool), jnp.ones(num, dtype), jnp.zeros(num, int)
     first = _Carry(
-        u, jnp.zeros_like(density), jnp.tile(y[:, None], 4), jnp.zeros((ORDER, *u.shape), dtype).at[0].set(slope),
-        jnp.zeros((4, *density.shape), dtype).at[0].set(density), jnp.ones(batch, int), jnp.full(batch, GAP * (stop - start), dtype),
-        jnp.zeros(batch, int), no, no, jnp.full(batch, SAFETY, dtype), jnp.ones(batch, dtype),
+        u, density, jnp.tile(y[:, None], 4), jnp.zeros((num, ORDER, *u.shape[1:]), dtype),
+        jnp.zeros((num, 4, *density.shape[1:]), density.dtype), none, GAP * (stop - start) * ones, none, no, no, SAFETY * ones, ones,
     )  # fmt: skip
 
-    def advance(c: _Carry) -> _Carry:
-        y = c.times[:, 0]
-        if fixed:
-            new = jnp.full(batch, times[jnp.minimum(c.tried[0], len(times) - 1)])
-            last = c.tried == len(times) - 1
+    def advance(c: _Carry, args) -> _Carry:
+        y, fresh = c.times[:, 0], c.count == 0
+        if times is not None:
+            new = times[jnp.clip(c.tried - 1, 0, len(times) - 1)]
+            last = c.tried == len(times)
         else:
             left, wanted = stop - y, jnp.minimum(c.step, longest(y))
             # The last two steps are equal: none is a sliver.
             step = jnp.where(2 * wanted > left, 0.5 * left, wanted)
             last = wanted >= 0.99 * left
             new = jnp.where(last, stop, y + step)
-        # Examples that are done wait for the others, at nodes apart: coinciding ones would spoil the gradient.
-        was = jnp.where(c.done[:, None], -jnp.arange(4, dtype=dtype)[None], c.times)
-        at = jnp.where(c.done, 1.0, new)
-        used = jnp.minimum(c.count, ORDER)
+        last = last & ~fresh
+        # Examples at their start, or done and waiting for the others, are at nodes apart: coinciding ones would spoil the gradient.
+        idle = c.done | fresh
+        was = jnp.where(idle[:, None], -jnp.arange(4, dtype=dtype)[None], c.times)
+        at = jnp.where(idle, 1.0, new)
+        used = jnp.clip(c.count, 1, ORDER)
         explicit = (_weights(was[:, :ORDER], jnp.maximum(used - less, 1), was[:, 0], at) for less in (0, 1))
         predicted = c.u + _combine(0.5 * sum(explicit), c.slopes)
-        slope, density, weight = rate(new, predicted)
+        slope, density, weight = rate(jnp.where(fresh, start, new), predicted, args)
         nodes = jnp.concatenate([at[:, None], was], axis=1)[:, :4]
-        slopes, densities = jnp.concatenate([slope[None], c.slopes]), jnp.concatenate([density[None], c.densities])[:4]
+        slopes = jnp.concatenate([slope[:, None], c.slopes], axis=1)
+        densities = jnp.concatenate([density[:, None], c.densities], axis=1)[:, :4]
         high, low = (_weights(nodes[:, : ORDER + 1], used + extra, was[:, 0], at) for extra in (1, 0))
         u = c.u + _combine(high, slopes)
         newest = _combine(high, densities)
         before = _combine(_weights(nodes, jnp.minimum(c.count + 1, 4), was[:, 1], was[:, 0]), densities)
-        if fixed:
+        if times is not None:
             accept, error, factor = ~c.done, c.error, c.factor
         else:
             error_u = weight * _rms(_combine(high - low, slopes) / (atol + rtol * jnp.maximum(jnp.abs(u), jnp.abs(c.u))))
             total = jnp.maximum(jnp.abs(c.integral), jnp.abs(c.integral + newest))
             error_integral = jnp.abs((_combine(high - low, densities) / (atol + rtol * total)).mean(axis=1))
             error = jax.lax.stop_gradient(jnp.maximum(jnp.maximum(error_u, INTEGRAL * error_integral), 1e-8))
-            accept = (error <= 1) & ~c.done
+            accept = ((error <= 1) | fresh) & ~c.done
             order = used + 1.0
             plain = jnp.clip((SAFETY / error) ** (1 / order), 0.3, 2.0)
             filtered = (SAFETY**2 / (error * c.error)) ** (1 / (FILTER * order)) * c.factor ** (-1 / FILTER)
             factor = jnp.where((c.count < START) | (error > 1), plain, jnp.clip(filtered, 0.5, 1.25))
-            factor = jnp.where(jnp.isnan(factor), 0.3, factor)
+            factor = jnp.where(fresh, 1.0, jnp.where(jnp.isnan(factor), 0.3, factor))
+        moved = accept & ~fresh
         last = last & accept
         # Whether the step has shrunk to nothing: the rate is not finite there.
         lost = ~accept & ~c.done & (c.step * factor < rounding)
         integral = c.integral + jnp.where((c.count > 1)[:, None], before, 0.0) + jnp.where(last[:, None], newest, 0.0)
-        chosen = [(u, c.u), (integral, c.integral), (nodes, c.times)]
-        u, integral, nodes = (jnp.where(_expand(accept, a), a, b) for a, b in chosen)
-        slopes = jnp.where(_expand(accept, u)[None], slopes[:ORDER], c.slopes)
-        densities = jnp.where(accept[None, :, None], densities, c.densities)
+        chosen = ((moved, u, c.u), (moved, integral, c.integral), (moved, nodes, c.times), (accept, slopes[:, :ORDER], c.slopes),
+                  (accept, densities, c.densities), (moved, error, c.error), (accept, factor, c.factor))  # fmt: skip
+        u, integral, nodes, slopes, densities, error, kept = (jnp.where(_expand(mask, a), a, b) for mask, a, b in chosen)
+        tried = c.tried + ~c.done
         return _Carry(
-            u, integral, nodes, slopes, densities, c.count + accept, jnp.where(c.done, c.step, c.step * factor), c.tried + ~c.done,
-            c.done | last | lost, c.success | last, jnp.where(accept, error, c.error), jnp.where(accept, factor, c.factor),
+            u, integral, nodes, slopes, densities, c.count + accept, jnp.where(c.done, c.step, c.step * factor), tried,
+            c.done | last | lost | (tried > max_steps), c.success | last, error, kept,
         )  # fmt: skip
 
-    def unfinished(c: _Carry):
-        return ~c.done.all() & (c.tried.max() < max_steps)
+    def of_batch(c: _Carry) -> _Carry:
+        if batch == num:
+            return advance(c, args)
+        # The first that are not done; a number beyond them all reads some example and writes nowhere.
+        which = jnp.nonzero(~c.done, size=batch, fill_value=num)[0]
+        new = advance(*jax.tree.map(lambda a: a[which], (c, args)))
+        return jax.tree.map(lambda a, b: a.at[which].set(b, mode="drop"), c, new)
 
-    last = while_loop(unfinished, advance, first, max_steps=max_steps, kind="checkpointed")
-    return MultistepSolution(last.u, last.integral, 1 + last.tried, last.success & yes)
+    most = (max_steps + 1) * -(-num // batch)
+    last = while_loop(lambda c: ~c.done.all(), of_batch, first, max_steps=most, kind="checkpointed")
+    return MultistepSolution(last.u, last.integral, last.tried, last.success)
 
 
 def _weights(nodes, count, low, high):
@@ -144,8 +162,8 @@ def _weights(nodes, count, low, high):
 
 
 def _combine(weights, values):
-    """Sum over k of weights `(B, K)` times values `(K, B, ...)`."""
-    return jnp.einsum("bk,kb...->b...", weights, values, precision="highest")
+    """Sum over k of weights `(B, K)` times values `(B, K, ...)`."""
+    return jnp.einsum("bk,bk...->b...", weights, values, precision="highest")
 
 
 def _expand(mask, x):

@@ -6,7 +6,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from sde_diffusion.samplers.integrate import integrate
 from sde_diffusion.samplers.linear import (
-    Solver, Steps, Table, adams_bashforth, adams_moulton, angle_space, damped_data_space, data_space, midpoint,
+    Solver, Steps, Table, adams_bashforth, adams_moulton, angle_space, damped_data_space, data_space, mean, midpoint,
     multistep, noise_space, one_step, orders, register, residual, sigma_space,
 )  # fmt: skip
 from sde_diffusion.sde import SDE, Number, derivative
@@ -38,10 +38,11 @@ def adams(steps: Steps) -> Table:
     It predicts by three quarters of Adams-Bashforth of order 4 and one of order 3: networks are less smooth than exact scores,
     and high orders amplify that. The last three steps are of orders 2 and 1: they are long beside the finest structure of the data, and the
     network's own error outweighs what higher orders gain. Order 2 is that of the last step, which is not corrected.
-    Below 6 steps, which are too long for that, it is unipc_3 with x0 damped at the start (`linear.damped_data_space`).
+    Below 6 steps each ends midway between that rule's and one of unipc_3 with x0 damped at the start (`linear.damped_data_space`): the
+    former is exact for data of standard deviation s, the latter for points, and where data is in between, their errors oppose.
     """
     if steps.num < 6:
-        return _unipc(steps, 3, damped_data_space(steps))
+        return mean(between_orders(steps), _unipc(steps, 3, damped_data_space(steps)))
     return between_orders(steps)
 
 
