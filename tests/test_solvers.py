@@ -1,5 +1,6 @@
 """Solvers against closed forms: orders, noise levels, adaptive and fitted ones, and the published errors of others."""
 
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -13,7 +14,7 @@ from oracle import SDES, ZERO_SNR, mixture, moment_z_scores, order
 import sde_diffusion as sd
 from sde_diffusion.samplers import ode
 from sde_diffusion.samplers import sde as reverse
-from sde_diffusion.samplers.linear import Steps, Table
+from sde_diffusion.samplers.linear import Steps, Table, mean
 
 MEAN, STD = 0.8, 0.6
 METHODS = {**ode.METHODS, **reverse.METHODS}
@@ -130,6 +131,34 @@ def test_a_solver_of_ones_own():
         sd.sample_ode(oracle.score_fn(sde), sde, jax.random.key(0), (4, 2), method=m, num_steps=9, grid="edm") for m in (mine, "ddim")
     )
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_the_mean_of_two_solvers():
+    """Of a solver with itself it is that solver; it does not depend on their order; one step of it ends midway; so does every step of
+    two that keep the same and differ in their factors alone."""
+    sde, oracle = SDES["vp"], mixture()
+    tables = {name: ode.METHODS[name].table for name in ("unipc_3", "adams_4", "ddim", "dpmpp_2m")}
+
+    def path(method, num_steps):
+        options = dict(method=method, num_steps=num_steps, return_path=True, grid="edm")
+        return sd.sample_ode(oracle.score_fn(sde), sde, jax.random.key(0), (16, 2), **options)
+
+    def both(a, b):
+        return lambda steps: mean(tables[a](steps), tables[b](steps))
+
+    for ours, theirs in zip(path(both("unipc_3", "unipc_3"), 6), path("unipc_3", 6)):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+    for ours, theirs in zip(path(both("unipc_3", "adams_4"), 6), path(both("adams_4", "unipc_3"), 6)):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
+    one, a, b = (path(method, 1)[1] for method in (both("ddim", "adams_4"), tables["ddim"], tables["adams_4"]))
+    np.testing.assert_allclose(one[-1], 0.5 * (a[-1] + b[-1]), rtol=1e-5, atol=1e-5)
+    assert np.abs(a[-1] - b[-1]).max() > 0.01
+
+    def between(steps):
+        a, b = tables["ddim"](steps), tables["dpmpp_2m"](steps)
+        return dataclasses.replace(b, history=0.5 * (b.history + jnp.pad(a.history, ((0, 0), (0, 1)))))
+
+    np.testing.assert_allclose(path(both("ddim", "dpmpp_2m"), 6)[0], path(between, 6)[0], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("method", ["adams", "rk4", "unipc_3"])
