@@ -2,6 +2,7 @@
 
 import functools
 import math
+import numbers
 from typing import NamedTuple
 
 import jax
@@ -68,7 +69,7 @@ def log_likelihood(
         below 1e-7), "tsit5" (5, 6) or "heun" (2, 2).
       num_steps, grid: fixed times, as in `sample_ode`; "student" by default. Adams splits the first step, for 4 evaluations more.
       sigma_data: standard deviation of the data; the score function's own (`as_score`), or 0.5, by default.
-      batch_size: examples that are solved at once, all of them by default, which bounds the memory. If given, an example that is done makes
+      batch_size: examples that are solved at once, all of them by default: bounds the memory of score_fn, though not of a gradient. If given, an example that is done makes
         room for the next ("adams") and the last ones go on in a batch a quarter as large, so that few wait for the slowest: score_fn
         is called on batches of both sizes.
       details: return a `Likelihood`: the value with its standard error, latent and count of evaluations.
@@ -156,7 +157,7 @@ def _flow(score_fn, sde, x, probes, *, rtol, atol, t_end, max_steps, method, num
     check(jnp.issubdtype(x.dtype, jnp.floating), f"x has dtype {x.dtype}; scale it to floats first (data.Scaler does, with dequantization)")
     check(rtol > 0 and atol > 0, f"rtol={rtol} and atol={atol} must be positive; 1e-4 is usual")
     check(isinstance(max_steps, int) and max_steps >= 1, f"max_steps={max_steps} must be an integer of at least 1")
-    whole = batch_size is None or (isinstance(batch_size, int) and batch_size >= 1)
+    whole = batch_size is None or (isinstance(batch_size, numbers.Integral) and batch_size >= 1)
     check(whole, f"batch_size={batch_size} must be an integer of at least 1, or None for all examples at once")
     lookup(METHODS, method, "method")
     check_log_snr(sde)
@@ -174,13 +175,15 @@ def _flow(score_fn, sde, x, probes, *, rtol, atol, t_end, max_steps, method, num
     with jax.default_matmul_precision("float32" if jax.default_backend() != "cpu" else None):
         return _solve(
             as_pytree(score_fn), sde, x.astype(dtype), probes, jnp.asarray(t_end, dtype), times, rtol, atol, sigma_data,
-            method=method, max_steps=max_steps, batch_size=batch_size,
+            method=method, max_steps=max_steps,
+            batch_size=None if batch_size is None else int(batch_size),
         )  # fmt: skip
 
 
 @functools.partial(jax.jit, static_argnames=("method", "max_steps", "batch_size"))
 def _solve(score_fn, sde, x, probes, t_end, times, rtol, atol, s, *, method, max_steps, batch_size):
     dtype, num_dims = x.dtype, x[0].size
+    rtol, atol = (jnp.asarray(a, dtype) for a in (rtol, atol))
 
     def angle(log_snr):
         """theta of tan(theta) = sigma / (alpha s): from 0, all data, to pi / 2, all noise."""

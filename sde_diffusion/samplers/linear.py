@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from sde_diffusion.prediction import predict
-from sde_diffusion.sde import SDE, Number, pytree_dataclass
+from sde_diffusion.sde import SDE, Number, check, pytree_dataclass
 from sde_diffusion.times import terminal_log_snr
 
 # An array of floats; under a JAX transformation, whatever leaf JAX puts in its place.
@@ -275,6 +275,7 @@ def multistep(
 
 def mean(a: Table, b: Table) -> Table:
     """The solver whose rows end midway between those of two with the same times: deterministic, with one combination kept."""
+    check(a.x0.ndim == b.x0.ndim == 1 and a.noise is None and b.noise is None, "a mean is of deterministic tables that keep one combination")
     num = max(a.history.shape[1], b.history.shape[1])
     history = jnp.stack([jnp.pad(t.history, ((0, 0), (0, num - t.history.shape[1]))) for t in (a, b)], axis=-1)
     kept = (jnp.stack([getattr(t, name) for t in (a, b)], axis=-1) for name in ("x0", "eps"))
