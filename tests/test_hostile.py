@@ -205,7 +205,7 @@ SDE = sd.VP()
 
 def solver(path):
     times = sd.time_grid(SDE, 4)
-    table = METHODS["adams_4"](Steps.of(SDE, times))
+    table = METHODS["unipc_3"](Steps.of(SDE, times))
     return json.loads(sd.LearnedSolver(table, times, _process(SDE), json.dumps({"sde": repr(SDE)})).save(path).read_text())
 
 
