@@ -183,12 +183,13 @@ def test_t_end_is_where_the_data_lives():
         np.testing.assert_allclose(got, oracle.log_prob(x, sde, t_end), atol=5e-3)
 
 
-def test_its_gradient_is_the_score():
+@pytest.mark.parametrize("batch_size", [None, 4])
+def test_its_gradient_is_the_score(batch_size):
     """d log p / dx through the solver, against the marginal's own score."""
     oracle, sde = mixture(), WIDE["vp"]
     x = oracle.sample(jax.random.key(11), 4)
     gradient = jax.grad(
-        lambda x: sd.log_likelihood(oracle.score_fn(sde), sde, None, x, trace="exact", t_end=0.05, batch_size=4).sum()
+        lambda x: sd.log_likelihood(oracle.score_fn(sde), sde, None, x, trace="exact", t_end=0.05, batch_size=batch_size).sum()
     )(x)
     expected = oracle.score_fn(sde)(x, jnp.full(4, 0.05))
     np.testing.assert_allclose(gradient, expected, atol=0.02)

@@ -206,7 +206,7 @@ def test_samples_do_not_depend_on_devices_that_do_not_divide_the_batch():
     for devices in (jax.devices()[:1], jax.devices()):
         mesh = sharding.make_mesh(devices)
         params = train.prepare(config, data.load("gaussian_mixture_2d"), mesh)[-1]
-        params = jax.tree.map(lambda a: 0.1 * jnp.ones(a.shape, a.dtype), params.ema)
+        params = jax.tree.map(lambda a: 0.03 * jnp.ones(a.shape, a.dtype), params.ema)
         found.append(evaluate.make_sampler(config, mesh, (2,))(params, 25, 3))
     assert found[0].shape == (25, 2)
-    np.testing.assert_allclose(*found, rtol=0, atol=1e-5 * np.abs(found[0]).max())  # float32: 6e-8 of the largest, an operation
+    np.testing.assert_allclose(*found, atol=1e-5)

@@ -83,12 +83,13 @@ def test_the_noise_level_is_what_moves_a_sample():
     assert abs(spread[3] - 1) < 0.15
 
 
-def test_a_linear_score_of_the_datas_own_scale_costs_no_steps():
-    """On N(0, s^2 I) with sigma_data = s the default has nothing to integrate: exact from its first steps on, at any scale."""
+@pytest.mark.parametrize("options", [dict(num_steps=1, method=ode.between_orders), dict(num_steps=6)], ids=["one step", "default"])
+def test_a_linear_score_of_the_datas_own_scale_costs_no_steps(options):
+    """On N(0, s^2 I) with sigma_data = s the default's rule from 6 steps on has nothing to integrate: exact in a single step, at any scale."""
     for sde, s in ((SDES["ve"], 0.5), (SDES["vp"], 1.7), (ZERO_SNR, 0.3)):
         score_fn = sd.GaussianMixture.gaussian(np.zeros(2), s**2 * np.eye(2)).score_fn(sde)
         init = sde.prior_sample(jax.random.key(0), (5, 2))
-        x = sd.sample_ode(score_fn, sde, jax.random.key(0), (5, 2), init=init, num_steps=6, denoise=False)
+        x = sd.sample_ode(score_fn, sde, jax.random.key(0), (5, 2), init=init, denoise=False, **options)
         start, end = (jnp.sqrt((sde.alpha(t) * s) ** 2 + sde.sigma(t) ** 2) for t in (sde.t_max, sde.t_min))
         np.testing.assert_allclose(x, init * end / start, rtol=2e-4, atol=1e-6)
 
