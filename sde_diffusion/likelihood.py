@@ -71,7 +71,7 @@ def log_likelihood(
       sigma_data: standard deviation of the data; the score function's own (`as_score`), or 0.5, by default.
       batch_size: examples that are solved at once, all of them by default: bounds the memory of score_fn, though not of a gradient.
         If given, an example that is done makes room for the next ("adams") and the last ones go on in a batch a quarter as
-        large, so that few wait for the slowest: score_fn is called on batches of both sizes.
+        large, so that few wait for the slowest; a CPU works on two halves at once: score_fn is called on batches of all these sizes.
       details: return a `Likelihood`: the value with its standard error, latent and count of evaluations.
 
     Raises:
@@ -290,9 +290,28 @@ def _adams(rate, u, probes, start, stop, nodes, rtol, atol, max_steps, batch_siz
         # Towards pi / 2 a network depends on log(pi / 2 - theta); without the limit, the last step takes e-folds of it at once.
         return 0.3 * (0.5 * math.pi + 0.02 - theta)
 
+    # Without batch_size, score_fn may be of just these examples; on several devices, the batch may lie split over them.
+    if batch_size is not None and jax.default_backend() == "cpu" and jax.device_count() == 1:
+        weighted = _in_halves(weighted)
     return adams(
         weighted, u, probes, start, stop, rtol, atol, max_steps=max_steps, longest=longest, times=nodes, batch_size=batch_size
     )
+
+
+def _in_halves(fn, smallest: int = 64):
+    """fn of batched pytrees, by halves for batches from `smallest` examples on.
+
+    A network's operations leave cores of a CPU idle, and XLA works on two halves at once: a fifth less time on two cores.
+    """
+
+    def both(*args):
+        num = len(jax.tree.leaves(args)[0])
+        if num < smallest:
+            return fn(*args)
+        halves = (fn(*jax.tree.map(lambda a: a[part], args)) for part in (slice(num // 2), slice(num // 2, None)))
+        return jax.tree.map(lambda *parts: jnp.concatenate(parts), *halves)
+
+    return both
 
 
 def _runge_kutta(rate, u, probes, start, stop, nodes, rtol, atol, max_steps, batch_size, *, method):

@@ -132,6 +132,26 @@ def test_a_few_at_once_have_the_numbers_of_all_at_once(method, batch_size):
     np.testing.assert_allclose(few.evaluations, together.evaluations, rtol=0.05)
 
 
+@pytest.mark.parametrize("num", [64, 67])
+def test_one_cpu_works_on_two_halves_at_once(monkeypatch, num):
+    """From 64 examples on, where batch_size says that score_fn takes batches of any size."""
+    sde, oracle, key, sizes = SDES["vp"], mixture(), jax.random.key(9), set()
+    exact, x = oracle.score_fn(sde), oracle.sample(jax.random.key(8), num)
+
+    def score_fn(x, t):
+        sizes.add(len(x))
+        return exact(x, t)
+
+    together = sd.log_likelihood(score_fn, sde, key, x, details=True)
+    assert sizes == {num}
+    sizes.clear()
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    halves = sd.log_likelihood(score_fn, sde, key, x, batch_size=num, details=True)
+    assert sizes == {num // 2, num - num // 2, num // 4}
+    np.testing.assert_allclose(halves.log_prob, together.log_prob, atol=2e-4)
+    np.testing.assert_allclose(halves.latent, together.latent, atol=2e-4)
+
+
 def test_an_example_that_is_done_makes_room_for_the_next():
     """The first of six needs the most evaluations; two at once take those of a queue, not those of three pairs."""
     sde, oracle, calls = SDES["vp"], mixture(), []
