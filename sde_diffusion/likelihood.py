@@ -298,7 +298,7 @@ def _adams(rate, u, probes, start, stop, nodes, rtol, atol, max_steps, batch_siz
     )
 
 
-def _in_halves(fn, smallest: int = 64):
+def _in_halves(fn, smallest: int = 128):
     """fn of batched pytrees, by halves for batches from `smallest` examples on.
 
     A network's operations leave cores of a CPU idle, and XLA works on two halves at once: a fifth less time on two cores.

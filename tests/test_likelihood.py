@@ -132,9 +132,9 @@ def test_a_few_at_once_have_the_numbers_of_all_at_once(method, batch_size):
     np.testing.assert_allclose(few.evaluations, together.evaluations, rtol=0.05)
 
 
-@pytest.mark.parametrize("num", [64, 67])
+@pytest.mark.parametrize("num", [128, 131])
 def test_one_cpu_works_on_two_halves_at_once(monkeypatch, num):
-    """From 64 examples on, where batch_size says that score_fn takes batches of any size."""
+    """From 128 examples on, where batch_size says that score_fn takes batches of any size."""
     sde, oracle, key, sizes = SDES["vp"], mixture(), jax.random.key(9), set()
     exact, x = oracle.score_fn(sde), oracle.sample(jax.random.key(8), num)
 
