@@ -223,11 +223,11 @@ def _nodes(space: Space, num: int) -> Float[Array, "steps num"]:
     return jnp.pad(-jnp.cumsum(length[index], axis=1), ((0, 0), (1, 0)))
 
 
-def orders(num: int, order: int, taper: bool = False) -> np.ndarray:
-    """The order of each of `num` steps `(num,)`: rising from 1 at the start; with `taper` also falling to 1 at the end
-    of runs of fewer than 15 steps, whose last step would extrapolate far (arXiv:2211.01095 section 5)."""
+def orders(num: int, order: int, taper: int = 0) -> np.ndarray:
+    """The order of each of `num` steps `(num,)`: rising from 1 at the start; also falling to 1 at the end of runs of fewer
+    than `taper` steps, whose last step would extrapolate far (arXiv:2211.01095 section 5)."""
     i = np.arange(num)
-    return np.minimum(np.minimum(order, i + 1), num - i if taper and num < 15 else order)
+    return np.minimum(np.minimum(order, i + 1), num - i if num < taper else order)
 
 
 def adams_bashforth(space: Space, order: np.ndarray) -> Float[Array, "steps order"]:

@@ -82,7 +82,7 @@ def ddim(steps: Steps) -> Table:
 def dpmpp_2m(steps: Steps) -> Table:
     """DPM-Solver++(2M): x0 over log-SNR, by the midpoint rule. Last step of order 1 below 15 steps."""
     space = data_space(steps)
-    return multistep(steps, space, midpoint(space, orders(steps.num, 2, taper=True)))
+    return multistep(steps, space, midpoint(space, orders(steps.num, 2, taper=15)))
 
 
 @register(METHODS, order=3, evaluations=1, min_steps=3, source="arXiv:2211.01095 section 4.2")
@@ -93,7 +93,7 @@ def dpmpp_3m(steps: Steps) -> Table:
     is of order 2.
     """
     space = data_space(steps)
-    return multistep(steps, space, adams_bashforth(space, orders(steps.num, 3, taper=True)))
+    return multistep(steps, space, adams_bashforth(space, orders(steps.num, 3, taper=15)))
 
 
 @register(METHODS, order=2, evaluations=2, source="arXiv:2211.01095 alg. 1 with r = 1/2")
@@ -132,7 +132,7 @@ def _singlestep(steps, points, moves):
 
 
 def _unipc(steps, order, space=None):
-    space, order = data_space(steps) if space is None else space, orders(steps.num, order, taper=True)
+    space, order = data_space(steps) if space is None else space, orders(steps.num, order, taper=15)
     explicit, implicit = adams_bashforth(space, order), adams_moulton(space, order)
     # With B(h) = e^h - 1 the paper replaces the solutions of the smallest systems by 1/2.
     if order.max() > 1:
@@ -163,7 +163,7 @@ def unipc_3(steps: Steps) -> Table:
 
 def _deis(steps, order):
     space = noise_space(steps)
-    return multistep(steps, space, adams_bashforth(space, orders(steps.num, order, taper=True)))
+    return multistep(steps, space, adams_bashforth(space, orders(steps.num, order, taper=15)))
 
 
 _DEIS = dict(evaluations=1, zero_snr=False)

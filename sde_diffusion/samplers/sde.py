@@ -21,6 +21,8 @@ from sde_diffusion.sde import SDE, Number, check, derivative
 
 METHODS: dict[str, Solver] = {}
 _EPS = [(0.0, 1.0)]
+# Steps below which the last ones are of lower order: an extrapolation amplifies the noise of the steps before.
+_TAPER = 40
 _register = functools.partial(register, METHODS, stochastic=True)
 
 
@@ -66,22 +68,25 @@ def ancestral_large(steps: Steps) -> Table:
 
 @_register(order=2, evaluations=1, min_steps=2, source="arXiv:2211.01095 eq. 18 (SDE-DPM-Solver++(2M))")
 def sde_dpmpp_2m(steps: Steps) -> Table:
-    """SDE-DPM-Solver++(2M): x0 over log-SNR by the midpoint rule, the noise exact. Last step of order 1 below 15 steps."""
+    """SDE-DPM-Solver++(2M): x0 over log-SNR by the midpoint rule, the noise exact. Last step of order 1 below 40 steps."""
     space = data_space(steps)
-    return multistep(steps, space, midpoint(space, orders(steps.num, 2, taper=True)))
+    return multistep(steps, space, midpoint(space, orders(steps.num, 2, taper=_TAPER)))
 
 
 @_register(order=3, evaluations=1, min_steps=3, source="as sde_dpmpp_2m, with three x0")
 def sde_dpmpp_3m(steps: Steps) -> Table:
-    """SDE-DPM-Solver++(3M): order 3 in x0, the noise exact. Last steps of lower order below 15 steps."""
+    """SDE-DPM-Solver++(3M): order 3 in x0, the noise exact. Last steps of lower order below 40 steps."""
     space = data_space(steps)
-    return multistep(steps, space, adams_bashforth(space, orders(steps.num, 3, taper=True)))
+    return multistep(steps, space, adams_bashforth(space, orders(steps.num, 3, taper=_TAPER)))
 
 
 @_register(order=4, evaluations=1, min_steps=3, source="arXiv:2309.05019 alg. 1, predictor and corrector of 3 steps")
 def sa_solver(steps: Steps) -> Table:
-    """SA-Solver: stochastic Adams, predictor of order 3 in x0 and a corrector that keeps the noise: for 10 to 50 steps."""
-    space, order = data_space(steps), orders(steps.num, 3, taper=True)
+    """SA-Solver: stochastic Adams, predictor of order 3 in x0 and a corrector that keeps the noise: for 10 to 50 steps.
+
+    Last steps of lower order below 40 steps.
+    """
+    space, order = data_space(steps), orders(steps.num, 3, taper=_TAPER)
     return multistep(steps, space, adams_bashforth(space, order), adams_moulton(space, order))
 
 
