@@ -69,8 +69,8 @@ def log_likelihood(
         below 1e-7), "tsit5" (5, 6) or "heun" (2, 2).
       num_steps, grid: fixed times, as in `sample_ode`; "student" by default. Adams splits the first step, for 4 evaluations more.
       sigma_data: standard deviation of the data; the score function's own (`as_score`), or 0.5, by default.
-      batch_size: examples that are solved at once, all of them by default: bounds the memory of score_fn, though not of a gradient.
-        If given, an example that is done makes room for the next ("adams") and the last ones go on in a batch a quarter as
+      batch_size: examples that are solved at once, all of them by default: bounds the memory of score_fn. For a gradient leave it
+        out: it costs several times the memory there. If given, an example that is done makes room for the next ("adams") and the last ones go on in a batch a quarter as
         large, so that few wait for the slowest; a CPU works on two halves at once: score_fn is called on batches of all these sizes.
       details: return a `Likelihood`: the value with its standard error, latent and count of evaluations.
 
@@ -88,7 +88,7 @@ def log_likelihood(
     if trace == "hutchinson":
         probes = PROBES[probe](key, (x.shape[0], num_probes, *x.shape[1:]), dtype)
     else:
-        probes = jnp.eye(x[0].size, dtype=dtype).reshape(-1, *x.shape[1:])
+        probes = jnp.eye(math.prod(x.shape[1:]), dtype=dtype).reshape(-1, *x.shape[1:])
     out = _flow(
         score_fn, sde, x, probes, rtol=rtol, atol=atol, t_end=t_end, max_steps=max_steps, method=method, num_steps=num_steps,
         grid=grid, sigma_data=sigma_data, batch_size=batch_size,
@@ -155,10 +155,17 @@ def slerp(a: Float[Array, "b ..."], b: Float[Array, "b ..."], fraction: Times) -
 def _flow(score_fn, sde, x, probes, *, rtol, atol, t_end, max_steps, method, num_steps, grid, sigma_data, batch_size) -> Likelihood:
     """Checks what the public functions share, and runs."""
     check(jnp.issubdtype(x.dtype, jnp.floating), f"x has dtype {x.dtype}; scale it to floats first (data.Scaler does, with dequantization)")
+    check(x.ndim >= 1 and len(x) > 0, f"x has shape {x.shape}; pass at least one example, (B, *event)")
     check(rtol > 0 and atol > 0, f"rtol={rtol} and atol={atol} must be positive; 1e-4 is usual")
     check(isinstance(max_steps, int) and max_steps >= 1, f"max_steps={max_steps} must be an integer of at least 1")
     whole = batch_size is None or (isinstance(batch_size, numbers.Integral) and batch_size >= 1)
     check(whole, f"batch_size={batch_size} must be an integer of at least 1, or None for all examples at once")
+    spec = jax.typeof(x).sharding.spec  # of explicit mesh axes alone
+    check(
+        batch_size is None or not any(spec),
+        f"batch_size={batch_size} picks examples from anywhere, but x is split as {spec} over explicit mesh axes; leave "
+        "batch_size out, or make the mesh with axis_types=jax.sharding.AxisType.Auto",
+    )
     lookup(METHODS, method, "method")
     check_log_snr(sde)
     check_process(score_fn, sde)
@@ -182,7 +189,7 @@ def _flow(score_fn, sde, x, probes, *, rtol, atol, t_end, max_steps, method, num
 
 @functools.partial(jax.jit, static_argnames=("method", "max_steps", "batch_size"))
 def _solve(score_fn, sde, x, probes, t_end, times, rtol, atol, s, *, method, max_steps, batch_size):
-    dtype, num_dims = x.dtype, x[0].size
+    dtype, num_dims = x.dtype, math.prod(x.shape[1:])
     rtol, atol = (jnp.asarray(a, dtype) for a in (rtol, atol))
 
     def angle(log_snr):

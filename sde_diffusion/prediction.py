@@ -123,7 +123,24 @@ def as_pytree(fn: Callable) -> Callable:
     # A bool among them (train=False) would be traced, and networks branch on it.
     if all(isinstance(v, (jax.Array, np.ndarray, np.number, int, float)) and not isinstance(v, bool) for v in leaves):
         return fn
-    return jax.tree_util.Partial(fn)
+    return _Static(fn)
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class _Static:
+    """A function as a constant of a program; its attributes (`predict`, `sigma_data`) stay its own."""
+
+    fn: Callable
+
+    def __call__(self, *args, **options):
+        return self.fn(*args, **options)
+
+    def __getattr__(self, name):
+        # Asked for before `fn` is set, where the object is copied.
+        if name == "fn" or name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self.fn, name)
 
 
 def zero_terminal_snr(sde: SDE) -> bool:

@@ -268,6 +268,15 @@ def test_bad_input_is_refused_while_tracing(options, words):
     assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("batch_size", [None, 4])
+def test_no_examples_are_refused(batch_size):
+    sde = SDES["vp"]
+    for fn in (lambda x: sd.log_likelihood(mixture().score_fn(sde), sde, None, x, trace="exact", batch_size=batch_size),
+               lambda x: sd.encode(mixture().score_fn(sde), sde, x, batch_size=batch_size)):  # fmt: skip
+        with pytest.raises(ValueError, match=r"shape \(0, 2\); pass at least one example"):
+            fn(jnp.zeros((0, 2)))
+
+
 def test_a_score_of_the_wrong_shape_is_refused():
     with pytest.raises(ValueError, match=r"returned shape \(2, 1\) for x of shape \(2, 3\)"):
         jax.eval_shape(lambda: sd.log_likelihood(lambda x, t: x[:, :1], SDES["vp"], jax.random.key(0), jnp.zeros((2, 3))))
@@ -436,3 +445,14 @@ def test_a_prior_beyond_the_lowest_log_snr_has_its_own_scale():
     out = sd.log_likelihood(gauss.score_fn(sde), sde, None, x, trace="exact", details=True)
     np.testing.assert_allclose(out.log_prob, gauss.log_prob(x, sde, sde.t_min), atol=1e-3)
     np.testing.assert_allclose(out.latent, 1e5 * x, rtol=1e-3)
+
+
+def test_examples_on_a_mesh_of_explicit_axes():
+    """What `jax.make_mesh` gives by default."""
+    sde, oracle = SDES["vp"], mixture()
+    x = oracle.sample(jax.random.key(8), 16)
+    split = jax.device_put(x, jax.sharding.NamedSharding(jax.make_mesh((8,), ("data",)), jax.sharding.PartitionSpec("data")))
+    got, expected = (sd.log_likelihood(oracle.score_fn(sde), sde, None, a, trace="exact") for a in (split, x))
+    np.testing.assert_allclose(got, expected, atol=2e-4)
+    with pytest.raises(ValueError, match="batch_size=4 .* explicit mesh axes; leave batch_size out"):
+        sd.log_likelihood(oracle.score_fn(sde), sde, None, split, trace="exact", batch_size=4)

@@ -253,3 +253,23 @@ def test_float32_states_pass_through_under_x64(sde, x64):
     likelihood = functools.partial(sd.log_likelihood, score_fn, sde, key, rtol=0.1, atol=0.1)
     assert jax.eval_shape(likelihood, init).dtype == jnp.float32
     assert jax.eval_shape(functools.partial(sd.dsm_loss, score_fn, sde, key), init).dtype == jnp.float32
+
+
+@pytest.mark.parametrize("method", ["adams", "ddim"])
+def test_an_object_with_predict_that_is_no_pytree_answers_by_it(method):
+    """At zero terminal SNR, where the score alone leaves x0 undefined."""
+    sde = sd.CosineVP(t_max=1.0)
+    exact = mixture().score_fn(sde)
+
+    class Plain:
+        def __call__(self, x, t):
+            return jnp.full_like(x, jnp.nan)
+
+        def predict(self, x, t):
+            return exact.predict(x, t)
+
+    ours, expected = (
+        sd.sample_ode(score_fn, sde, jax.random.key(0), (8, 2), num_steps=6, method=method, sigma_data=0.5)
+        for score_fn in (Plain(), exact)
+    )
+    np.testing.assert_allclose(ours, expected, atol=1e-5)

@@ -301,6 +301,8 @@ def test_a_fitted_solver_beats_the_default_on_new_states(fitted):
     facts = json.loads(solver.facts)
     # 256 held-out states: their error is that of 2000 others, within the spread of a few far ones.
     assert 0.4 < facts["held_out_rmse"] / mine < 2.5
+    assert 0 < facts["held_out_stderr"] < 0.5 * facts["held_out_rmse"]
+    assert abs(facts["held_out_rmse_of_the_default"] - default) < 4 * facts["held_out_stderr_of_the_default"]
 
 
 def test_a_fitted_solver_spends_what_it_says(fitted):
