@@ -69,9 +69,10 @@ def log_likelihood(
         below 1e-7), "tsit5" (5, 6) or "heun" (2, 2).
       num_steps, grid: fixed times, as in `sample_ode`; "student" by default. Adams splits the first step, for 4 evaluations more.
       sigma_data: standard deviation of the data; the score function's own (`as_score`), or 0.5, by default.
-      batch_size: examples that are solved at once, all of them by default: bounds the memory of score_fn. For a gradient leave it
-        out: it costs several times the memory there. If given, an example that is done makes room for the next ("adams") and the last ones go on in a batch a quarter as
-        large, so that few wait for the slowest; a CPU works on two halves at once: score_fn is called on batches of all these sizes.
+      batch_size: examples that are solved at once, all of them by default: bounds the memory of score_fn. With it, an example that is
+        done makes room for the next ("adams"), and the last ones go on in a batch a quarter as large, so that few wait for the slowest; a
+        CPU works on two halves at once. So score_fn is called on batches of several sizes. For a gradient leave it out: it costs several
+        times the memory there.
       details: return a `Likelihood`: the value with its standard error, latent and count of evaluations.
 
     Raises:
