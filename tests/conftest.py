@@ -1,11 +1,10 @@
 import os
 from pathlib import Path
 
-# Before JAX starts: 8 CPU devices, for the tests in which devices matter, and code made without LLVM's optimiser, since
-# most of the tests' time is compilation. Tests that start a process of their own run it as a user does.
-os.environ["XLA_FLAGS"] = " ".join(
-    [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0"]
-)
+from quick import QUICK
+
+# Before JAX starts: 8 CPU devices, for the tests in which devices matter. Tests that start a process of their own run it on one.
+os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8", QUICK])
 os.environ["JAX_PLATFORMS"] = "cpu"
 # What one process has compiled, the other processes and the next run of the tests read.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.parent / ".pytest_cache" / "jax"))

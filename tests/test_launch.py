@@ -19,6 +19,7 @@ import jsonschema
 import numpy as np
 import pytest
 import yaml
+from quick import QUICK
 
 from sde_diffusion.checkpoint import Checkpoints
 
@@ -45,7 +46,7 @@ def environment(**more):
     env = {k: v for k, v in os.environ.items() if not k.startswith("SLURM")}
     path = {"PATH": os.pathsep.join([str(Path(sys.executable).parent), env["PATH"]])}
     python = {"PYTHONPATH": os.pathsep.join([str(ROOT), env.get("PYTHONPATH", "")])}
-    return {**env, **path, **python, "XLA_FLAGS": "--xla_backend_optimization_level=0", "JAX_PLATFORMS": "cpu", **more}
+    return {**env, **path, **python, "XLA_FLAGS": QUICK, "JAX_PLATFORMS": "cpu", **more}
 
 
 def free_port():

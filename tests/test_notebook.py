@@ -5,6 +5,7 @@ from pathlib import Path
 import nbformat
 import pytest
 from nbclient import NotebookClient
+from quick import QUICK
 
 from sde_diffusion import data, train
 from sde_diffusion.config import experiment, to_json
@@ -20,7 +21,7 @@ def test_the_quickstart_notebook_runs(tmp_path, monkeypatch):
     (tmp_path / "config.json").write_text(to_json(config))
     monkeypatch.setenv("SDE_DIFFUSION_WORKDIR", str(tmp_path))
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
-    monkeypatch.setenv("XLA_FLAGS", "")
+    monkeypatch.setenv("XLA_FLAGS", QUICK)
 
     # A kernel of this interpreter, whatever kernels the machine has installed.
     notebook = nbformat.read(ROOT / "experiments" / "quickstart.ipynb", as_version=4)
