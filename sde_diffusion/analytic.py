@@ -137,7 +137,7 @@ class ExactScore:
         q = mixture.eigenvectors
 
         def mean_over_components(z):
-            return jnp.einsum("bk,kij,bkj->bi", posterior, q, z, precision="highest").astype(x.dtype)
+            return jnp.einsum("kij,bkj->bi", q, posterior[:, :, None] * z, precision="highest").astype(x.dtype)
 
         # E[x0 | x, k] = mu_k + alpha Q lam / (alpha^2 lam + sigma^2) Q^T (x - alpha mu_k)
         shift = mean_over_components(alpha[:, None, None] * mixture.eigenvalues[None] * y)

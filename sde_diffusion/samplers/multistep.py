@@ -170,7 +170,7 @@ def _weights(nodes, count, low, high):
 
 def _combine(weights, values):
     """Sum over k of weights `(B, K)` times values `(B, K, ...)`."""
-    return jnp.einsum("bk,bk...->b...", weights, values, precision="highest")
+    return (_expand(weights, values) * values).sum(axis=1)
 
 
 def _expand(mask, x):
