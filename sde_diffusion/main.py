@@ -253,7 +253,10 @@ def start(values: flags.FlagValues = flags.FLAGS) -> Start:
         with Checkpoints(workdir, read_only=True) as checkpoints:
             step = checkpoints.latest_step()
         if values.mode != "train" and step is None:
-            raise ValueError(f"--mode={values.mode} needs a trained network, but there is no checkpoint in {workdir}; train first: python -m sde_diffusion.main --workdir={values.workdir}")
+            raise ValueError(
+                f"--mode={values.mode} needs a trained network, but there is no checkpoint in {workdir}; train first: "
+                f"python -m sde_diffusion.main --workdir={values.workdir}"
+            )
         saved = workdir / "config.json"
         if step is not None and saved.exists():
             changes = configs.differences(config, configs.load(saved))
