@@ -18,7 +18,7 @@ def get_config():
         model=dict(
             name="unet", channels=16, multipliers=(1, 2, 2), num_blocks=2, embedding_scale=10.0, input_fourier=(7, 8)
         ),
-        prediction=dict(kind="edm", noise_label="log_snr", sigma_data=0.6),
+        prediction=dict(kind="edm", noise_label="data_log_snr", sigma_data=0.52),
         loss=dict(name="bound", learn_schedule=True),
         optim=dict(lr=1e-3, warmup_steps=200, ema_decay=0.999),
         train=dict(batch_size=32, num_steps=6000, log_every=50, sample_every=1000, checkpoint_every=500),

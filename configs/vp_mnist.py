@@ -19,7 +19,7 @@ def get_config():
             # The label is log-SNR: with higher frequencies the network oscillates in it, and few-step samplers pay for that.
             embedding_scale=1.0,
         ),
-        prediction=dict(kind="edm", noise_label="log_snr", sigma_data=0.6),
+        prediction=dict(kind="edm", noise_label="log_snr", sigma_data=0.52),
         loss=dict(name="weighted", weight="elbo", times="log_snr"),
         optim=dict(lr=5e-4, warmup_steps=500, ema_decay=0.9995),
         train=dict(

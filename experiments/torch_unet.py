@@ -113,7 +113,9 @@ class UNet(nn.Module):
     def forward(self, x, c):
         phase, dense = c[:, None] * self.frequencies, list(self.NoiseEmbedding_0.values())
         emb, skips = dense[1](F.silu(dense[0](torch.cat([phase.sin(), phase.cos()], 1)))), []
-        h = self.Conv_0(torch.cat([x] + [f(2.0**n * torch.pi * x) for n in self.waves for f in (torch.sin, torch.cos)], 1))
+        damping = -0.5 * c.neg().sigmoid()[:, None, None, None]
+        frequencies = [2.0**n * torch.pi for n in self.waves]
+        h = self.Conv_0(torch.cat([x] + [(w**2 * damping).exp() * f(w * x) for w in frequencies for f in (torch.sin, torch.cos)], 1))
         for name in self.plan:
             if name == "push":
                 skips.append(h)

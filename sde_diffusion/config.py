@@ -52,8 +52,8 @@ def defaults() -> dict[str, Any]:
         "model": {"name": "unet"},
         "prediction": {
             "kind": "eps",  # eps, x0, v, score or edm
-            "noise_label": config_dict.placeholder(str),  # t, log_sigma, log_snr or edm; None: edm with edm, else t
-            "sigma_data": 0.5,  # standard deviation of the scaled data, for edm
+            "noise_label": config_dict.placeholder(str),  # t, log_sigma, log_snr, data_log_snr or edm; None: edm with edm, else t
+            "sigma_data": 0.5,  # standard deviation of the scaled data about its mean, for edm and the samplers
         },
         "loss": {
             "name": "weighted",  # weighted (1/2 w(lambda) (-dlambda/dt) |eps - eps_hat|^2), dsm, or bound (VDM's, of the levels)
@@ -235,7 +235,12 @@ def validate(config: ConfigDict) -> None:
     _check_types(config, known)
     sde = build_sde(config)
     check_log_snr(sde)
-    models.build(config.model.name, **_model_options(config))
+    network, label = build_model(config), config.prediction.noise_label
+    check(
+        not getattr(network, "input_fourier", ()) or label in ("log_snr", "data_log_snr"),
+        f"model.input_fourier damps its waves by the log-SNR of the input, but prediction.noise_label={label!r}: use 'data_log_snr' "
+        "with edm, 'log_snr' otherwise",
+    )
     as_score(lambda x, c: x, sde, **_prediction_options(config))
     losses = {"weighted": {**LOG_SNR_WEIGHTS, **TIME_WEIGHTS}, "dsm": {k: TIME_WEIGHTS[k] for k in ("sigma2", "likelihood")},
               "bound": {"elbo": 0}}  # fmt: skip

@@ -30,13 +30,14 @@ PREDICTIONS: dict[str, Callable] = {
     ),
 }
 
-# What the network is told about the noise, `(B,)`.
+# What the network is told about the noise, `(B,)`; of the SDE, t and the standard deviation of the data.
 NOISE_LABELS: dict[str, Callable] = {
-    "t": lambda sde, t: t,
-    "log_sigma": lambda sde, t: sde.log_sigma(t),
+    "t": lambda sde, t, _: t,
+    "log_sigma": lambda sde, t, _: sde.log_sigma(t),
     # At zero terminal SNR lambda = -inf; the network sees the -20 at which everything else stops too.
-    "log_snr": lambda sde, t: jnp.maximum(sde.log_snr(t), -20.0),
-    "edm": lambda sde, t: -0.125 * jnp.maximum(sde.log_snr(t), -20.0),  # 1/4 log(sigma / alpha)
+    "log_snr": lambda sde, t, _: jnp.maximum(sde.log_snr(t), -20.0),
+    "data_log_snr": lambda sde, t, std: jnp.maximum(sde.log_snr(t), -20.0) + 2 * jnp.log(std),  # of x: alpha^2 std^2 / sigma^2
+    "edm": lambda sde, t, _: -0.125 * jnp.maximum(sde.log_snr(t), -20.0),  # 1/4 log(sigma / alpha)
 }
 
 
@@ -65,7 +66,7 @@ class NetworkScore:
         scale = 1.0
         if self.prediction == "edm":
             scale = 1 / jnp.sqrt(sigma**2 + (alpha * self.sigma_data) ** 2)
-        output = self.network(scale * x, NOISE_LABELS[self.noise_label](self.sde, t))
+        output = self.network(scale * x, NOISE_LABELS[self.noise_label](self.sde, t, self.sigma_data))
         if not hasattr(output, "shape"):
             raise ValueError(f"the network returned a {type(output).__name__}; return one array of shape {x.shape}")
         if output.shape != x.shape:
@@ -93,8 +94,9 @@ def as_score(
       sde: the process that the network was trained on.
       prediction: what the network predicts: "eps", "x0", "v" = alpha eps - sigma x0 (arXiv:2202.00512), "score", or
         "edm": EDM's preconditioning (arXiv:2206.00364 table 1) for any process, input scaling included.
-      noise_label: "t", "log_sigma", "log_snr" or "edm" (1/4 log(sigma/alpha)); by default "edm" with EDM, else "t".
-      sigma_data: standard deviation of the data: of "edm", and of the samplers' default method and grid.
+      noise_label: "t", "log_sigma", "log_snr", "data_log_snr" (log of alpha^2 sigma_data^2 / sigma^2, the SNR of x where data
+        has another variance than 1) or "edm" (1/4 log(sigma/alpha)); by default "edm" with EDM, else "t".
+      sigma_data: standard deviation of the data about its mean: of "edm", and of the samplers' default method and grid.
 
     Raises:
       ValueError: unknown name; eps- or score-prediction for an SDE with zero terminal SNR, which leaves x0 undefined.

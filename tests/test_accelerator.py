@@ -86,7 +86,7 @@ def test_the_network_of_torch_is_that_of_flax(torch_unet, options):
     import torch
 
     network, rng = UNet(**options), np.random.default_rng(0)
-    x, c = rng.normal(size=(3, 8, 8, 2)).astype(np.float32), rng.uniform(size=3).astype(np.float32)
+    x, c = rng.normal(size=(3, 8, 8, 2)).astype(np.float32), rng.uniform(0, 8, size=3).astype(np.float32)
     params = random_params(network, x, c)
     expected = np.asarray(jax.jit(network.apply)({"params": params}, jnp.asarray(x), jnp.asarray(c)))
 

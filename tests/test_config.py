@@ -66,6 +66,7 @@ BAD = [
     (("optim", "ema_decay", 1.0), ["optim.ema_decay=1.0", "[0, 1)"]),
     (("sde", "beta_max", 0.01), ["beta_max=0.01", "beta_min"]),
     (("model", "multipliers", (1, 0)), ["model.multipliers=(1, 0)", "positive"]),
+    (("model", "input_fourier", (3,)), ["model.input_fourier", "prediction.noise_label=None", "'data_log_snr'"]),
     (("model", "dropout", 2.0), ["model.dropout=2.0", "[0, 1)"]),
     (("eval", "seed", -1), ["eval.seed=-1", "from 0"]),
 ]

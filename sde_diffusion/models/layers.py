@@ -79,6 +79,24 @@ EMBEDDINGS = {"sinusoidal": sinusoidal_features, "fourier": fourier_features}
 EMBEDDING_SCALES = {"sinusoidal": 1000.0, "fourier": 16.0}
 
 
+def input_waves(
+    x: Float[Array, "batch height width channels"],
+    c: Float[Array, " batch"],
+    exponents: tuple[int, ...],
+) -> Float[Array, "batch height width waves"]:
+    """sin and cos of w x for w = 2^n pi (arXiv:2107.00630 app. C), times exp(-w^2 v / 2).
+
+    v = sigmoid(-c) is the variance of the noise in x, which has a log-SNR of c and variance 1 in
+    all. So damped, a wave of x is the best linear guess of that of x without noise. Plain waves say
+    nothing at high noise but change fast along the path of a sample, and a network that sees them
+    is rough: samplers and likelihoods then need more evaluations.
+    """
+    noise = jax.nn.sigmoid(-c).reshape(-1, 1, 1, 1)
+    frequencies = [2.0**n * np.pi for n in exponents]
+    waves = [jnp.exp(-0.5 * w**2 * noise) * f(w * x) for w in frequencies for f in (jnp.sin, jnp.cos)]
+    return jnp.concatenate(waves, axis=-1)
+
+
 class NoiseEmbedding(nn.Module):
     """Embedding `(B, width)` of the noise label c `(B,)` and, with num_classes, of a class label.
 

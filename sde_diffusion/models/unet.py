@@ -14,6 +14,7 @@ from sde_diffusion.models.layers import (
     SelfAttention,
     check_call,
     fir_blur,
+    input_waves,
     norm,
     uniform_init,
 )
@@ -35,9 +36,10 @@ class UNet(nn.Module):
     network always has it). skip_rescale: divide residual sums by sqrt 2. resampling: "plain" (mean,
     nearest neighbour) or "fir" (kernel 1, 3, 3, 1). progressive_input: "residual" adds a
     downsampled input at each resolution. embedding, embedding_scale, num_classes: see
-    NoiseEmbedding. input_fourier: exponents n of further input channels sin and cos of 2^n pi x
-    (arXiv:2107.00630 app. C). remat: recompute the residual blocks in the backward pass, less
-    memory for about a third more time. dtype: compute type; param_dtype: type of the parameters.
+    NoiseEmbedding. input_fourier: exponents n of further input channels sin and cos of 2^n pi x,
+    damped by the noise in x, for which c has to be the log-SNR of x; see input_waves. remat:
+    recompute the residual blocks in the backward pass, less memory for about a third more time.
+    dtype: compute type; param_dtype: type of the parameters.
 
     DDPM++ of CIFAR-10: channels=128, multipliers=(1, 2, 2, 2), num_blocks=4, attention=(16,),
     dropout=0.1; NCSN++ in addition resampling="fir", progressive_input="residual",
@@ -105,8 +107,9 @@ class UNet(nn.Module):
             self.param_dtype,
         )(c, labels)
 
-        waves = [f(2.0**n * jnp.pi * x) for n in self.input_fourier for f in (jnp.sin, jnp.cos)]
-        h = jnp.concatenate([x, *waves], axis=-1)
+        h = x
+        if self.input_fourier:
+            h = jnp.concatenate([x, input_waves(x, c, self.input_fourier)], axis=-1)
         h = nn.Conv(self.channels, (3, 3), kernel_init=uniform_init(), **types)(h)
         pyramid = x
         skips = [h]
