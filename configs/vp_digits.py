@@ -3,7 +3,7 @@
     python -m sde_diffusion.main --workdir=runs/digits
 
 Trains on 1,500 digits with the ELBO's weighting, in minutes on 2 CPU cores. Expect 1.92 bits/dim on the
-297 held-out digits (ODE likelihood, uniform dequantization; the best Gaussian mixture has 2.63), and an energy distance of 0.034
+297 held-out digits (ODE likelihood, uniform dequantization; the best Gaussian mixture has 2.63), and an energy distance of 0.036
 beside a floor of 0.036.
 """
 
@@ -15,8 +15,9 @@ def get_config():
         data=dict(name="digits"),
         sde=dict(name="vp"),
         # Frequencies 8 pi and 16 pi of the input, which is the image over sigma_data: there a grey level is 4/17 wide.
+        # The label is log-SNR: with higher frequencies the network oscillates in it, and few-step samplers pay for that.
         model=dict(
-            name="unet", channels=16, multipliers=(1, 2), num_blocks=1, embedding_scale=10.0, input_fourier=(3, 4)
+            name="unet", channels=16, multipliers=(1, 2), num_blocks=1, embedding_scale=1.0, input_fourier=(3, 4)
         ),
         prediction=dict(kind="edm", noise_label="data_log_snr", sigma_data=0.5),
         loss=dict(name="weighted", weight="elbo", times="log_snr"),
