@@ -71,7 +71,9 @@ def main(argv=None):
     budgets = [int(n) for n in options.budgets.split(",")]
 
     run = load_run(options.workdir)
-    start = np.asarray(run.sde.prior_sample(jax.random.key(0), (options.num, *run.event_shape)))
+    # --mode=fit_solver draws its states from the key of sample.seed.
+    key = jax.random.fold_in(jax.random.key(run.config.sample.seed), 1)
+    start = np.asarray(run.sde.prior_sample(key, (options.num, *run.event_shape)))
     test = data.load(**config.data_options(run.config), in_memory=False).test
     if len(test) < options.num:
         parser.error(f"--num={options.num}: there are {len(test)} held-out examples")
@@ -92,17 +94,24 @@ def main(argv=None):
           f"{jax.devices()[0].platform}, JAX {jax.__version__}, Python {platform.python_version()}")  # fmt: skip
     print(f"energy distance of the solution of many steps {quality['many steps'][0]:.4f} +- {quality['many steps'][1]:.4f}")
     print(f"{'evaluations':>11}{'adams':>9}{'best other':>12}{'ratio':>17}   which{'':<19}{'energy distance':>15}{'best other':>12}")
-    for n in budgets:
-        x = ends(run, start, num_steps=n)
+    closest = {n: min(row["energy distance"] for row in table[n].values()) for n in budgets}
+
+    def show(kind, n, x):
+        """A line of the table; returns the ratio."""
         squared, (name, theirs) = errors(x, exact), best[n]
         value, spread = ratio(squared, theirs)
-        distance = energy_distance(x, held_out)
-        closest = min(row["energy distance"] for row in table[n].values())
-        table[n]["adams"] = {"rmse": float(np.sqrt(squared.mean())), "energy distance": distance[0]}
-        table[n]["ratio"] = {"value": value, "stderr": spread, "best": name}
-        print(f"{n:>11}{table[n]['adams']['rmse']:9.4f}{np.sqrt(theirs.mean()):12.4f}{value:9.3f} +- {spread:.3f}   {name:<24}{distance[0]:15.4f}{closest:12.4f}")
-    mean = float(np.exp(np.mean([np.log(table[n]["ratio"]["value"]) for n in budgets])))
+        rmse, distance = float(np.sqrt(squared.mean())), energy_distance(x, held_out)[0]
+        table[n][kind] = {"rmse": rmse, "energy distance": distance, "ratio": value, "stderr": spread, "best": name}
+        print(f"{n:>11}{rmse:9.4f}{np.sqrt(theirs.mean()):12.4f}{value:9.3f} +- {spread:.3f}   {name:<24}{distance:15.4f}{closest[n]:12.4f}")
+        return value
+
+    mean = float(np.exp(np.mean([np.log(show("adams", n, ends(run, start, num_steps=n))) for n in budgets])))
     print(f"geometric mean of the ratios {mean:.3f}")
+    fitted = {n: path for n in budgets if (path := options.workdir / f"solver_{n}.json").is_file()}
+    if fitted:
+        print("fitted solvers")
+    for n, path in fitted.items():
+        show("fitted", n, ends(run, start, method=sd.LearnedSolver.load(path)))
     figures = {"workdir": str(options.workdir), "step": run.step, "jax": jax.__version__, "num": options.num, "table": table, "geometric mean": mean,
                "many steps": quality["many steps"]}  # fmt: skip
     options.out.mkdir(parents=True, exist_ok=True)
