@@ -52,10 +52,9 @@ def adams(
 ) -> MultistepSolution:  # fmt: skip
     """du/dy = rate(y, u, args)[0] and the integral of rate(y, u, args)[1], from y = start to stop.
 
-    Predicts by the mean of Adams-Bashforth of orders 2 and 3, evaluates once, corrects by Adams-Moulton of order 4. An interval's integral
-    is that of the cubic through the two nodes on either side of it. The order is low on purpose: a network is smooth only over short
-    distances, and extrapolation of higher order amplifies its roughness. On an oscillation of a few steps the errors of the two orders
-    are a quarter of a period apart, so that of their mean is smaller than either.
+    Predicts by Adams-Bashforth of order 3, evaluates once, corrects by Adams-Moulton of order 4. An interval's integral is that of the cubic
+    through the two nodes on either side of it. The order is low on purpose: a network is smooth only over short distances, and
+    extrapolation of higher order amplifies its roughness.
 
     Args:
       rate: `(y (B,), u (B, *event), args) -> (du/dy (B, *event), integrand (B, P), weight (B,))`. The error in u counts times weight.
@@ -100,8 +99,7 @@ def adams(
         was = jnp.where(idle[:, None], -jnp.arange(4, dtype=dtype)[None], c.times)
         at = jnp.where(idle, 1.0, new)
         used = jnp.clip(c.count, 1, ORDER)
-        explicit = (_weights(was[:, :ORDER], jnp.maximum(used - less, 1), was[:, 0], at) for less in (0, 1))
-        predicted = c.u + _combine(0.5 * sum(explicit), c.slopes)
+        predicted = c.u + _combine(_weights(was[:, :ORDER], used, was[:, 0], at), c.slopes)
         slope, density, weight = rate(jnp.where(fresh, start, new), predicted, args)
         nodes = jnp.concatenate([at[:, None], was], axis=1)[:, :4]
         slopes = jnp.concatenate([slope[:, None], c.slopes], axis=1)
