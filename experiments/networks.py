@@ -71,7 +71,7 @@ def main(argv=None):
     budgets = [int(n) for n in options.budgets.split(",")]
 
     run = load_run(options.workdir)
-    # --mode=fit_solver draws its states from the key of sample.seed.
+    # Another key than --mode=fit_solver's, which is that of sample.seed: equal keys may give equal states, whatever the shape.
     key = jax.random.fold_in(jax.random.key(run.config.sample.seed), 1)
     start = np.asarray(run.sde.prior_sample(key, (options.num, *run.event_shape)))
     test = data.load(**config.data_options(run.config), in_memory=False).test
