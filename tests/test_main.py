@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 from absl import flags
 from quick import QUICK
 
+import sde_diffusion as sd
 from experiments import networks
 from sde_diffusion import config as configs
 from sde_diffusion import data, main, train
@@ -89,11 +91,18 @@ def test_sample_and_eval_find_the_config_in_the_workdir(workdir):
 @pytest.mark.slow
 def test_solvers_beside_each_other_on_a_run(workdir, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(networks, "OWN", ("dpmpp_2m", "unipc_3"))  # each compiles for each number of evaluations
-    networks.main([f"--workdir={workdir}", "--num=8", "--reference=100", "--budgets=3,24", f"--out={tmp_path}"])
+    trained = networks.load_run(workdir)
+    options = dict(nfe=3, num_states=16, fine_steps=10, max_updates=1, progress=False)
+    solver = sd.fit_solver(trained.score_fn, trained.sde, jax.random.key(0), (8, *trained.event_shape), **options)
+    shutil.copytree(workdir, tmp_path / "run")
+    solver.save(tmp_path / "run" / "solver_3.json")
+    networks.main([f"--workdir={tmp_path / 'run'}", "--num=8", "--reference=100", "--budgets=3,24", f"--out={tmp_path}"])
     table = json.loads((tmp_path / "networks.json").read_text())["table"]
     assert table["24"]["adams"]["rmse"] < 0.2 * table["3"]["adams"]["rmse"]
-    theirs = min(row["rmse"] for name, row in table["3"].items() if name != "adams")
-    assert table["3"]["adams"]["ratio"] == pytest.approx(table["3"]["adams"]["rmse"] / theirs)
+    theirs = min(row["rmse"] for name, row in table["3"].items() if name not in ("adams", "fitted"))
+    for kind in ("adams", "fitted"):
+        assert table["3"][kind]["ratio"] == pytest.approx(table["3"][kind]["rmse"] / theirs)
+    assert table["3"]["fitted"]["rmse"] != table["3"]["adams"]["rmse"] and "fitted" not in table["24"]
     assert "geometric mean" in capsys.readouterr().out
 
 
