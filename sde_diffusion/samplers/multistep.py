@@ -9,11 +9,12 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 ORDER = 3  # of the predictor, whose nodes are the newest; the corrector has one more
+BLEND = 0.125  # the part of one order less in the predictor: the two err to opposite sides in log p
 GAP = 0.002  # first step, of the whole range
 SAFETY = 0.012  # the aimed-at error of a step, of the tolerance
 # b of the filter H211b (Soederlind 2003, ACM Trans. Math. Softw. 29, table III): a step changes little, so that an error that is small by
 # chance does not lengthen the next, and nodes that lie evenly integrate an oscillation with little error.
-FILTER = 8
+FILTER = 4
 # What the integral's error counts for, beside that of u: its estimate is a single number, noisier than a mean square, and uneven steps
 # cost more than they save.
 INTEGRAL = 0.2
@@ -52,9 +53,9 @@ def adams(
 ) -> MultistepSolution:  # fmt: skip
     """du/dy = rate(y, u, args)[0] and the integral of rate(y, u, args)[1], from y = start to stop.
 
-    Predicts by Adams-Bashforth of order 3, evaluates once, corrects by Adams-Moulton of order 4. An interval's integral is that of the cubic
-    through the two nodes on either side of it. The order is low on purpose: a network is smooth only over short distances, and
-    extrapolation of higher order amplifies its roughness.
+    Predicts by Adams-Bashforth of order 3, an eighth of it of order 2, evaluates once, corrects by Adams-Moulton of order 4. An interval's
+    integral is that of the cubic through the two nodes on either side of it. The order is low on purpose: a network is smooth only over
+    short distances, and extrapolation of higher order amplifies its roughness.
 
     Args:
       rate: `(y (B,), u (B, *event), args) -> (du/dy (B, *event), integrand (B, P), weight (B,))`. The error in u counts times weight.
@@ -99,7 +100,8 @@ def adams(
         was = jnp.where(idle[:, None], -jnp.arange(4, dtype=dtype)[None], c.times)
         at = jnp.where(idle, 1.0, new)
         used = jnp.clip(c.count, 1, ORDER)
-        predicted = c.u + _combine(_weights(was[:, :ORDER], used, was[:, 0], at), c.slopes)
+        high, low = (_weights(was[:, :ORDER], order, was[:, 0], at) for order in (used, jnp.maximum(used - 1, 1)))
+        predicted = c.u + _combine((1 - BLEND) * high + BLEND * low, c.slopes)
         slope, density, weight = rate(jnp.where(fresh, start, new), predicted, args)
         nodes = jnp.concatenate([at[:, None], was], axis=1)[:, :4]
         slopes = jnp.concatenate([slope[:, None], c.slopes], axis=1)
