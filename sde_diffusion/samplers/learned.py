@@ -133,8 +133,9 @@ def fit_solver(
 
     Times, factors of the state and of all evaluations so far (the last 6 where nfe > 10) are fitted by
     Levenberg-Marquardt, from the default solver of 6 steps and more, against solutions of `adams_4` in `fine_steps` steps from
-    `num_states` prior draws. A quarter of the states is held out: the best solver on these is returned, whose held-out
-    error is a little optimistic for it, and fitting ends when they stop improving. Family: arXiv:2403.01329.
+    `num_states` prior draws, of which the first updates look at some. A quarter of the states is held out: the best solver on
+    these is returned, whose held-out error is a little optimistic for it, and fitting ends when they stop improving. Family:
+    arXiv:2403.01329.
 
     Args:
       score_fn: `(x (B, *event), t (B,)) -> (B, *event)`.
@@ -178,44 +179,54 @@ def fit_solver(
     family = _Family(sde, nfe, sigma_data, time_grid(sde, nfe, "student", t_end, sigma_data))
     theta, unravel = ravel_pytree(family.start())
     solve = functools.partial(_end, family, unravel, sde)
-    squares = jax.jit(functools.partial(_squares, solve))
+    squares, equations = jax.jit(functools.partial(_squares, solve)), jax.jit(functools.partial(_normal_equations, solve))
 
-    def errors(*args):
-        return np.sqrt(np.asarray(squares(*args), np.float64).mean(axis=1))
+    def of_states(thetas, parts):
+        return np.concatenate([np.asarray(squares(score_fn, thetas, *part), np.float64) for part in zip(*parts)], axis=1)
 
-    normal_equations = jax.jit(functools.partial(_normal_equations, solve))
+    def errors(thetas, parts):
+        return np.sqrt(of_states(thetas, parts).mean(axis=1))
 
     default = functools.partial(
         sample_ode, score_fn, sde, key, shape, num_steps=nfe, t_end=t_end, denoise=False, sigma_data=sigma_data
     )
-    of_default, spread_of_default = _rmse(_of_each(jnp.stack([default(init=part) for part in held_out[0]]), held_out[1]))
-    best = float(errors(score_fn, theta[None], *held_out)[0])
+    of_default, spread_of_default = _rmse(np.concatenate([_of_each(default(init=x), target) for x, target in zip(*held_out)]))
+    best = float(errors(theta[None], held_out)[0])
     best_theta, damping, idle, began = theta, 1e-3, 0, time.monotonic()
-    now = float(errors(score_fn, theta[None], *data)[0])
+    # The first updates are rough: they look at a quarter of the states, and later ones at twice as many wherever the gain ends.
+    used, of_theta = -(-len(data[0]) // 4), None
     with tqdm(total=max_updates, desc=f"fit nfe={nfe}", disable=not progress) as bar:
         for key_probes in jax.random.split(jax.random.fold_in(key, 1), max_updates):
-            gradient, matrix = (np.asarray(a, np.float64) for a in normal_equations(score_fn, theta, *data, key_probes))
-            # Several dampings at once; the errors on all states choose among them.
+            some = [a[:used] for a in data]
+            if of_theta is None:
+                keys = jax.random.split(key_probes, (used, shape[0]))
+                totals = [equations(score_fn, theta, *part) for part in zip(*some, keys)]
+                gradient, matrix = (sum(np.asarray(a, np.float64) for a in each) for each in zip(*totals))
+                of_theta = float(errors(theta[None], some)[0])
+            # Several dampings at once; the errors choose among them.
             dampings = damping * np.array([0.03, 0.3, 3.0, 30.0])
             scale = np.diag(np.diag(matrix) + 1e-9 * np.trace(matrix))
             moves = np.stack([np.linalg.solve(matrix + d * scale, -gradient) for d in dampings])
             candidates = theta[None] + jnp.asarray(moves, theta.dtype)
-            values = np.nan_to_num(errors(score_fn, candidates, *data), nan=np.inf)
+            values = np.nan_to_num(errors(candidates, some), nan=np.inf)
             winner = int(values.argmin())
-            if values[winner] < now:
-                theta, now, damping = candidates[winner], values[winner], dampings[winner]
+            if values[winner] < of_theta:
+                theta, damping, of_theta = candidates[winner], dampings[winner], None
             else:
                 damping = 100 * damping
-            held = float(errors(score_fn, theta[None], *held_out)[0])
+            held = float(errors(theta[None], held_out)[0])
+            slow = held > 0.97 * best
             idle = 0 if held < 0.99 * best else idle + 1
             if held < best:
                 best, best_theta = held, theta
+            if slow and used < len(data[0]) and (of_theta is None or idle >= 3):
+                used, idle, of_theta, damping = min(2 * used, len(data[0])), 0, None, 1e-3
             bar.update()
             bar.set_postfix_str(f"held-out error {best / of_default:.3f} of the default's")
             if idle >= 6 or time.monotonic() - began > seconds:
                 break
     table, times = family.build(unravel(best_theta))
-    best, spread = _rmse(squares(score_fn, best_theta[None], *held_out))
+    best, spread = _rmse(of_states(best_theta[None], held_out))
     facts = {
         "sde": repr(sde), "nfe": nfe, "t_end": float(t_end), "sigma_data": float(sigma_data), "event_shape": list(shape[1:]),
         "held_out_states": num_held * shape[0], "held_out_rmse": best, "held_out_stderr": spread,
@@ -265,8 +276,8 @@ def _end(family, unravel, sde, score_fn, theta, x):
 
 
 def _of_each(x, target):
-    """The mean squared error of each state of batches `(C, B, *event)`, `(C * B,)`."""
-    return jnp.mean((x - target) ** 2, axis=tuple(range(2, x.ndim))).reshape(-1)
+    """The mean squared error of each state of a batch, `(B,)`."""
+    return jnp.mean((x - target) ** 2, axis=tuple(range(1, x.ndim)))
 
 
 def _rmse(squares) -> tuple[float, float]:
@@ -277,31 +288,22 @@ def _rmse(squares) -> tuple[float, float]:
 
 
 def _squares(solve, score_fn, thetas, x, target):
-    """The mean squared error of each state, `(V, C * B)`, for each vector of parameters `(V, P)`."""
-
-    def of(theta):
-        return _of_each(jax.lax.map(lambda part: solve(score_fn, theta, part), x), target)
-
-    return jax.lax.map(of, thetas)
+    """The mean squared error of each state of a batch, `(V, B)`, for each vector of parameters `(V, P)`."""
+    return jax.lax.map(lambda theta: _of_each(solve(score_fn, theta, x), target), thetas)
 
 
-def _normal_equations(solve, score_fn, theta, x, target, key):
-    """J^T r of the residuals r of all states `(C, B, *event)`, and an unbiased J^T J: E[(J^T v) (J^T v)^T], v = +-1.
+def _normal_equations(solve, score_fn, theta, x, target, keys):
+    """J^T r of the residuals r of a batch of states, and an unbiased J^T J: E[(J^T v) (J^T v)^T], v = +-1.
 
     Reverse mode: some cotangents of each state's end point, whatever the number of parameters.
     """
 
-    def one(inputs):
-        x, target, key = inputs
+    def one(x, target, key):
         end, pull = jax.vjp(lambda v: solve(score_fn, v, x[None])[0], theta)
         probes = jax.random.rademacher(key, (_PROBES, *end.shape), end.dtype)
         rows = jax.vmap(lambda cotangent: pull(cotangent)[0])(jnp.concatenate([(end - target)[None], probes]))
         return rows[0], rows[1:]
 
-    def batch(total, inputs):
-        gradients, rows = jax.vmap(one)(inputs)
-        rows = rows.reshape(-1, len(theta))
-        return jax.tree.map(jnp.add, total, (gradients.sum(0), jnp.matmul(rows.T, rows, precision="highest") / _PROBES)), None
-
-    zero = jnp.zeros_like(theta)
-    return jax.lax.scan(batch, (zero, jnp.outer(zero, zero)), (x, target, jax.random.split(key, x.shape[:2])))[0]
+    gradients, rows = jax.vmap(one)(x, target, keys)
+    rows = rows.reshape(-1, len(theta))
+    return gradients.sum(0), jnp.matmul(rows.T, rows, precision="highest") / _PROBES
