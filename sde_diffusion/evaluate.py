@@ -100,8 +100,10 @@ def fit_solver(config: ConfigDict, workdir: Path, params, event_shape: tuple[int
     facts = json.loads(solver.facts)
     path = solver.save(workdir / f"solver_{c.num_steps}.json")
     print(
-        f"{c.num_steps} evaluations: error {facts['held_out_rmse']:.4g} +- {facts['held_out_stderr']:.1g} on {facts['held_out_states']} held-out states, "
-        f"{facts['held_out_rmse_of_the_default']:.4g} +- {facts['held_out_stderr_of_the_default']:.1g} of the default solver\n"
+        f"{c.num_steps} evaluations, on {facts['held_out_states']} held-out states: RMSE {facts['held_out_rmse']:.4g} +- "
+        f"{facts['held_out_stderr']:.1g}, median error {facts['held_out_median']:.4g}\n"
+        f"the default solver there: RMSE {facts['held_out_rmse_of_the_default']:.4g} +- {facts['held_out_stderr_of_the_default']:.1g}, "
+        f"median error {facts['held_out_median_of_the_default']:.4g}\n"
         f"in {path}; sample with it: --mode=sample --config.sample.method={path}"
     )
     return path

@@ -32,10 +32,10 @@ def _edm(sde, t0, t1, u, s, rho=7.0):
 
 
 def _student(sde, t0, t1, u, s):
-    # Student's distribution with 2 degrees of freedom: F(z) = (1 + z / sqrt(2 + z^2)) / 2; a wider half above the centre. A process that
-    # ends early leaves no time in which errors of its last steps could contract: they are shorter, where there are steps to spare.
-    early = jnp.clip(0.4 * (5.5 - 0.5 * sde.log_snr(t1) - jnp.log(s)), 0.0, 1.0) * (len(u) > 6)
-    centre, below = jnp.log((1.5 - 0.5 * early) * s), 1.8 + 0.7 * early
+    # Student's distribution with 2 degrees of freedom: F(z) = (1 + z / sqrt(2 + z^2)) / 2. A process that ends early leaves no time in
+    # which errors of its last steps could contract: they are shorter.
+    early = jnp.clip(0.4 * (5.5 - 0.5 * sde.log_snr(t1) - jnp.log(s)), 0.0, 1.0)
+    centre, below = jnp.log((1.8 - 0.5 * early) * s), 2.1 + 0.4 * early
 
     def width(side):
         return jnp.where(side > 0, 2.0, below)
@@ -56,8 +56,8 @@ def time_grid(
     """num_steps + 1 decreasing times from `sde.t_max` to t_end (`sde.t_min` by default).
 
     kind: "student", the default: log(sigma / alpha) at equal quantiles of Student's t distribution (2 degrees of freedom,
-    scale 2 above and 1.8 below) around log(1.5 sigma_data): most steps where the data takes shape; for an end between
-    e^-5.5 and e^-3 sigma_data the centre moves to sigma_data and the lower scale to 2.5, from 6 steps on. "edm": uniform in
+    scale 2 above and 2.1 below) around log(1.8 sigma_data): most steps where the data takes shape; for an end between
+    e^-5.5 and e^-3 sigma_data the centre moves to 1.3 sigma_data and the lower scale to 2.5. "edm": uniform in
     (sigma / alpha)^(1/7) (arXiv:2206.00364 eq. 5); "log_snr": uniform in lambda (arXiv:2206.00927 section 3.2); "uniform" in t;
     "quadratic": uniform in sqrt(t) (arXiv:2010.02502 appendix D.2).
     sigma_data: the standard deviation of the data, for "student".

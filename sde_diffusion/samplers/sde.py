@@ -23,6 +23,8 @@ METHODS: dict[str, Solver] = {}
 _EPS = [(0.0, 1.0)]
 # Steps below which the last ones are of lower order: an extrapolation amplifies the noise of the steps before.
 _TAPER = 40
+# Up to so many steps order 3 does so throughout.
+_FEW = 15
 _register = functools.partial(register, METHODS, stochastic=True)
 
 
@@ -75,19 +77,27 @@ def sde_dpmpp_2m(steps: Steps) -> Table:
 
 @_register(order=3, evaluations=1, min_steps=3, source="as sde_dpmpp_2m, with three x0")
 def sde_dpmpp_3m(steps: Steps) -> Table:
-    """SDE-DPM-Solver++(3M): order 3 in x0, the noise exact. Last steps of lower order below 40 steps."""
+    """SDE-DPM-Solver++(3M): order 3 in x0, the noise exact. Last steps of lower order below 40 steps; below 16 it is sde_dpmpp_2m."""
     space = data_space(steps)
-    return multistep(steps, space, adams_bashforth(space, orders(steps.num, 3, taper=_TAPER)))
+    return multistep(steps, space, _predictor(steps.num, space))
 
 
 @_register(order=4, evaluations=1, min_steps=3, source="arXiv:2309.05019 alg. 1, predictor and corrector of 3 steps")
 def sa_solver(steps: Steps) -> Table:
     """SA-Solver: stochastic Adams, predictor of order 3 in x0 and a corrector that keeps the noise: for 10 to 50 steps.
 
-    Last steps of lower order below 40 steps.
+    Last steps of lower order below 40 steps; below 16 it predicts by the midpoint rule of sde_dpmpp_2m.
     """
-    space, order = data_space(steps), orders(steps.num, 3, taper=_TAPER)
-    return multistep(steps, space, adams_bashforth(space, order), adams_moulton(space, order))
+    space = data_space(steps)
+    order = orders(steps.num, 3 if steps.num > _FEW else 2, taper=_TAPER)
+    return multistep(steps, space, _predictor(steps.num, space), adams_moulton(space, order))
+
+
+def _predictor(num, space):
+    """Order 3, of `num` steps; where they are few, and long, the midpoint rule: extrapolation amplifies the noise in x0."""
+    if num > _FEW:
+        return adams_bashforth(space, orders(num, 3, taper=_TAPER))
+    return midpoint(space, orders(num, 2, taper=_TAPER))
 
 
 @_register(order=2, evaluations=2, source="arXiv:2206.00364 alg. 2")
