@@ -127,7 +127,7 @@ def fit_solver(
     sigma_data: float | None = None,
     num_states: int = 4096,
     fine_steps: int = 100,
-    max_updates: int = 40,
+    max_updates: int = 80,
     seconds: float = 240.0,
     progress: bool = True,
 ) -> LearnedSolver:
@@ -225,7 +225,7 @@ def fit_solver(
                 used, idle, here, damping = min(2 * used, len(data[0])), 0, None, 1e-3
             bar.update()
             bar.set_postfix_str(f"held-out error {np.sqrt(np.median(best) / np.median(of_default)):.3f} of the default's")
-            if idle >= 6 or time.monotonic() - began > seconds:
+            if idle >= 12 or time.monotonic() - began > seconds:
                 break
     table, times = family.build(unravel(best_theta))
     facts = {
