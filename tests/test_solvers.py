@@ -352,6 +352,28 @@ def test_a_fit_that_makes_no_sense_is_refused(options, words):
         sd.fit_solver(lambda x, t: -x, sd.VP(), jax.random.key(0), (4, 2), progress=False, **options)
 
 
+def test_a_fit_to_a_score_that_is_not_finite_is_refused():
+    with pytest.raises(ValueError, match="score_fn gives NaN"):
+        sd.fit_solver(lambda x, t: x * jnp.nan, sd.VP(), jax.random.key(0), (16, 2), num_states=32, progress=False)
+
+
+def test_a_fit_where_the_default_is_exact_already_stays_there():
+    """N(0, sigma_data^2 I): errors are those of rounding, so the equations must not divide by them."""
+    sde, oracle = SDES["vp"], sd.GaussianMixture.gaussian(np.zeros(2), 0.25 * np.eye(2))
+    solver = sd.fit_solver(
+        oracle.score_fn(sde), sde, jax.random.key(0), (16, 2), nfe=6, num_states=32, max_updates=3, progress=False
+    )
+    assert json.loads(solver.facts)["held_out_rmse"] < 1e-5
+
+
+def test_below_16_steps_order_3_is_the_midpoint_rule():
+    """Order 3 amplifies the noise there: sde_dpmpp_3m is sde_dpmpp_2m, from 16 steps on it is another."""
+    sde, score_fn = SDES["vp"], mixture().score_fn(SDES["vp"])
+    for num, same in ((3, True), (15, True), (16, False)):
+        a, b = (sd.sample_sde(score_fn, sde, jax.random.key(0), (8, 2), method=m, num_steps=num) for m in ("sde_dpmpp_3m", "sde_dpmpp_2m"))
+        assert np.array_equal(a, b) == same
+
+
 def test_the_table_of_solvers():
     text = str(sd.solvers())
     for name in METHODS:

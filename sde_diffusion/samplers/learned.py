@@ -156,7 +156,7 @@ def fit_solver(
       error.
 
     Raises:
-      ValueError: nfe < 2, t_end outside the SDE's range, too few states.
+      ValueError: nfe < 2, t_end outside the SDE's range, too few states, a score that is not finite.
     """
     import time
 
@@ -177,6 +177,7 @@ def fit_solver(
         sigma_data=sigma_data,
     )  # fmt: skip
     target = jnp.stack([fine(init=part) for part in tqdm(x, desc="fine solutions", disable=not progress)])
+    check(bool(jnp.isfinite(target).all()), "the fine solutions are not finite: score_fn gives NaN or infinity at some state and time")
     num_held = max(1, num_batches // 4)
     held_out, data = (x[:num_held], target[:num_held]), (x[num_held:], target[num_held:])
 
