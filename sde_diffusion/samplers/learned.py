@@ -193,17 +193,17 @@ def fit_solver(
         sample_ode, score_fn, sde, key, shape, num_steps=nfe, t_end=t_end, denoise=False, sigma_data=sigma_data
     )
     of_default = np.concatenate([_of_each(default(init=x), target) for x, target in zip(*held_out)])
-    best, best_theta = of_states(theta[None], held_out)[0], theta
+    held = best = of_states(theta[None], held_out)[0]
+    best_theta = theta
     damping, idle, began = 1e-3, 0, time.monotonic()
     # The first updates are rough: they look at a quarter of the states, and later ones at twice as many wherever the gain ends.
-    used, here = -(-len(data[0]) // 4), None
+    some = [a[: -(-len(data[0]) // 4)] for a in data]
+    here, moved = of_states(theta[None], some)[0], True
     with tqdm(total=max_updates, desc=f"fit nfe={nfe}", disable=not progress) as bar:
         for key_probes in jax.random.split(jax.random.fold_in(key, 1), max_updates):
-            some = [a[:used] for a in data]
-            if here is None:
-                here = of_states(theta[None], some)[0]
+            if moved:
                 limit = max(_LIMIT * np.median(here), 1e-30)
-                keys = jax.random.split(key_probes, (used, shape[0]))
+                keys = jax.random.split(key_probes, (len(some[0]), shape[0]))
                 totals = [equations(score_fn, theta, limit, *part) for part in zip(*some, keys)]
                 gradient, matrix = (sum(np.asarray(a, np.float64) for a in each) for each in zip(*totals))
             # Several dampings at once; the errors choose among them.
@@ -211,19 +211,22 @@ def fit_solver(
             scale = np.diag(np.diag(matrix) + 1e-9 * np.trace(matrix))
             moves = np.stack([np.linalg.solve(matrix + d * scale, -gradient) for d in dampings])
             candidates = theta[None] + jnp.asarray(moves, theta.dtype)
-            values = np.nan_to_num(_pseudo_huber(of_states(candidates, some), limit), nan=np.inf)
+            there = np.nan_to_num(of_states(candidates, some), nan=np.inf)
+            values = _pseudo_huber(there, limit)
             winner = int(values.argmin())
-            if values[winner] < _pseudo_huber(here, limit):
-                theta, damping, here = candidates[winner], dampings[winner], None
+            moved = bool(values[winner] < _pseudo_huber(here, limit))
+            if moved:
+                theta, damping, here = candidates[winner], dampings[winner], there[winner]
+                held = of_states(theta[None], held_out)[0]
             else:
                 damping = 100 * damping
-            held = of_states(theta[None], held_out)[0]
             gain = _pseudo_huber(held, limit) / _pseudo_huber(best, limit)
             idle = 0 if gain < 0.98 else idle + 1
             if gain < 1:
                 best, best_theta = held, theta
-            if gain > 0.94 and used < len(data[0]) and (here is None or idle >= 3):
-                used, idle, here, damping = min(2 * used, len(data[0])), 0, None, 1e-3
+            if gain > 0.94 and len(some[0]) < len(data[0]) and (moved or idle >= 3):
+                some, idle, damping = [a[: 2 * len(some[0])] for a in data], 0, 1e-3
+                here, moved = of_states(theta[None], some)[0], True
             bar.update()
             bar.set_postfix_str(f"held-out error {np.sqrt(np.median(best) / np.median(of_default)):.3f} of the default's")
             if idle >= 12 or time.monotonic() - began > seconds:
@@ -302,7 +305,8 @@ def _squares(solve, score_fn, thetas, x, target):
 def _normal_equations(solve, score_fn, theta, limit, x, target, keys):
     """J^T w r of the residuals r of a batch of states, and an unbiased J^T w J: E[(J^T v) (J^T v)^T], v = +-sqrt(w).
 
-    w = 1 / sqrt(1 + mean(r^2) / limit) of each state makes them those of the pseudo-Huber mean. Reverse mode: some cotangents of each state's end point, whatever the number of parameters.
+    w = 1 / sqrt(1 + mean(r^2) / limit) of each state makes them those of the pseudo-Huber mean. Reverse mode: some cotangents of
+    each state's end point, whatever the number of parameters.
     """
 
     def one(x, target, key):

@@ -78,8 +78,8 @@ def sde_dpmpp_2m(steps: Steps) -> Table:
 @_register(order=3, evaluations=1, min_steps=3, source="as sde_dpmpp_2m, with three x0")
 def sde_dpmpp_3m(steps: Steps) -> Table:
     """SDE-DPM-Solver++(3M): order 3 in x0, the noise exact. Last steps of lower order below 40 steps; below 16 it is sde_dpmpp_2m."""
-    space = data_space(steps)
-    return multistep(steps, space, _predictor(steps.num, space))
+    space, order = data_space(steps), _orders(steps.num)
+    return multistep(steps, space, _predictor(space, order))
 
 
 @_register(order=4, evaluations=1, min_steps=3, source="arXiv:2309.05019 alg. 1, predictor and corrector of 3 steps")
@@ -88,16 +88,17 @@ def sa_solver(steps: Steps) -> Table:
 
     Last steps of lower order below 40 steps; below 16 it predicts by the midpoint rule of sde_dpmpp_2m.
     """
-    space = data_space(steps)
-    order = orders(steps.num, 3 if steps.num > _FEW else 2, taper=_TAPER)
-    return multistep(steps, space, _predictor(steps.num, space), adams_moulton(space, order))
+    space, order = data_space(steps), _orders(steps.num)
+    return multistep(steps, space, _predictor(space, order), adams_moulton(space, order))
 
 
-def _predictor(num, space):
-    """Order 3, of `num` steps; where they are few, and long, the midpoint rule: extrapolation amplifies the noise in x0."""
-    if num > _FEW:
-        return adams_bashforth(space, orders(num, 3, taper=_TAPER))
-    return midpoint(space, orders(num, 2, taper=_TAPER))
+def _orders(num):
+    return orders(num, 3 if num > _FEW else 2, taper=_TAPER)
+
+
+def _predictor(space, order):
+    """Adams-Bashforth; of order 2 the midpoint rule, which amplifies the noise in x0 less."""
+    return adams_bashforth(space, order) if order.max() > 2 else midpoint(space, order)
 
 
 @_register(order=2, evaluations=2, source="arXiv:2206.00364 alg. 2")
