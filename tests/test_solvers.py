@@ -332,6 +332,8 @@ def test_saving_and_refusing(fitted, tmp_path):
     for other in (sd.VP(), sd.VE(sigma_max=80.0)):
         with pytest.raises(ValueError, match="fitted to VE.*not to .*fit_solver"):
             sd.sample_ode(oracle.score_fn(other), other, key, (4, 2), method=again)
+    with pytest.raises(ValueError, match="pass it to sample_ode"):
+        sd.sample_sde(oracle.score_fn(sde), sde, key, (4, 2), method=again)
     for options in ({"num_steps": 5}, {"grid": "edm"}, {"t_end": 0.1}):
         with pytest.raises(ValueError, match="own times"):
             sd.sample_ode(oracle.score_fn(sde), sde, key, (4, 2), method=again, **options)
@@ -346,7 +348,7 @@ def test_saving_and_refusing(fitted, tmp_path):
         sd.LearnedSolver.load(tmp_path / "bad.json")
 
 
-@pytest.mark.parametrize(("options", "words"), [({"nfe": 1}, "nfe=1.*at least 2"), ({"num_states": 3}, "num_states=3.*4096"), ({"t_end": 2.0}, "t_end=2.0")])
+@pytest.mark.parametrize(("options", "words"), [({"nfe": 1}, "nfe=1.*at least 2"), ({"num_states": 3}, "num_states=3.*4096"), ({"t_end": 2.0}, "t_end=2.0"), ({"fine_steps": 8}, "fine_steps=8.*more than nfe=8")])
 def test_a_fit_that_makes_no_sense_is_refused(options, words):
     with pytest.raises(ValueError, match=words):
         sd.fit_solver(lambda x, t: -x, sd.VP(), jax.random.key(0), (4, 2), progress=False, **options)
@@ -355,6 +357,16 @@ def test_a_fit_that_makes_no_sense_is_refused(options, words):
 def test_a_fit_to_a_score_that_is_not_finite_is_refused():
     with pytest.raises(ValueError, match="score_fn gives NaN"):
         sd.fit_solver(lambda x, t: x * jnp.nan, sd.VP(), jax.random.key(0), (16, 2), num_states=32, progress=False)
+
+
+def test_a_fit_to_a_score_without_finite_derivatives_is_refused():
+    @jax.custom_jvp
+    def score_fn(x, t):
+        return -x
+
+    score_fn.defjvp(lambda primals, tangents: (-primals[0], jnp.nan * tangents[0]))
+    with pytest.raises(ValueError, match="derivatives of score_fn are not finite"):
+        sd.fit_solver(score_fn, sd.VP(), jax.random.key(0), (16, 2), num_states=32, progress=False)
 
 
 def test_a_fit_where_the_default_is_exact_already_stays_there():

@@ -63,13 +63,14 @@ def time_grid(
     sigma_data: the standard deviation of the data, for "student".
 
     Raises:
-      ValueError: unknown kind, num_steps < 1, or t_end outside [t_train, t_max).
+      ValueError: unknown kind, num_steps < 1, sigma_data not positive, or t_end outside [t_train, t_max).
     """
     fn = lookup(GRIDS, kind, "grid")
     check(
         isinstance(num_steps, (int, np.integer)) and num_steps >= 1,
         f"num_steps={num_steps} must be an integer of at least 1; 20 to 50 is usual for an ODE sampler",
     )
+    check_sigma_data(sigma_data)
     return _fill(fn, sde, check_t_end(sde, t_end), sigma_data, num_steps)
 
 
@@ -79,6 +80,10 @@ def _fill(fn, sde, t_end, sigma_data, num_steps):
     grid = fn(sde, t0, t1, jnp.linspace(0.0, 1.0, num_steps + 1), sigma_data)
     # The ends are exact, whatever the map between lambda and t rounds to.
     return grid.at[0].set(t0).at[-1].set(t1)
+
+
+def check_sigma_data(sigma_data) -> None:
+    check((sigma_data > 0) & (sigma_data < np.inf), f"sigma_data={sigma_data} must be positive and finite: the standard deviation of the data")
 
 
 def check_t_end(sde: SDE, t_end):
@@ -113,8 +118,9 @@ def resolve_grid(
         raise ValueError(f"t_end={t_end} and a grid array were both given; the grid's last time is t_end: pass one")
     if known(times, sde.t_train, sde.t_max):
         check(
-            bool((np.diff(times) < 0).all()),
-            "grid must be strictly decreasing from the prior's time to the data's; reverse it or drop repeated times",
+            bool((np.diff(times.astype(jnp.result_type(float))) < 0).all()),
+            "grid must be strictly decreasing from the prior's time to the data's; reverse it, or drop times that are "
+            f"repeated in {jnp.result_type(float)}",
         )
         # Times that were rounded to float32 on their way here may miss the range by that rounding.
         check(

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from sde_diffusion.prediction import as_pytree, check_process, lookup, zero_terminal_snr
-from sde_diffusion.samplers.grid import resolve_grid
-from sde_diffusion.samplers.linear import Solver, Steps, run
+from sde_diffusion.samplers.grid import check_sigma_data, resolve_grid
+from sde_diffusion.samplers.linear import Solver, Steps, Table, run
 from sde_diffusion.sde import SDE, check
 
 
@@ -21,7 +21,7 @@ def integrate(
     check_process(score_fn, sde)
     if sigma_data is None:
         sigma_data = getattr(score_fn, "sigma_data", 0.5)
-    check(sigma_data > 0, f"sigma_data={sigma_data} must be positive: the standard deviation of the data")
+    check_sigma_data(sigma_data)
     if hasattr(solver, "times"):
         solver.check(sde)
         if not (num_steps is None and grid is None and t_end is None):
@@ -81,5 +81,6 @@ def _run(solver, score_fn, sde, key, times, init, sigma_data, noise_level, corre
     key_prior, key_steps = jax.random.split(key)
     x = sde.prior_sample(key_prior, shape) if init is None else init
     table = solver(Steps.of(sde, times, sigma_data, noise_level))
+    check(isinstance(table, Table), f"a method must return a samplers.linear.Table, not {type(table).__name__}")
     correct = None if correct is None else functools.partial(correct, score_fn, sde)
     return run(table, score_fn, sde, key_steps, x, times[-1], correct=correct, denoise=denoise, return_path=return_path)

@@ -20,6 +20,7 @@ from jaxtyping import PRNGKeyArray
 
 from sde_diffusion.prediction import as_pytree, check_process
 from sde_diffusion.samplers.grid import check_t_end, time_grid
+from sde_diffusion.samplers.integrate import check_state
 from sde_diffusion.samplers.linear import Steps, Table, run
 from sde_diffusion.samplers.ode import between_orders, sample_ode
 from sde_diffusion.sde import SDE, check, known, pytree_dataclass
@@ -156,15 +157,18 @@ def fit_solver(
       error.
 
     Raises:
-      ValueError: nfe < 2, t_end outside the SDE's range, too few states, a score that is not finite.
+      ValueError: nfe < 2 or not below fine_steps, t_end outside the SDE's range, too few states, a score that is not finite or whose
+        derivatives are not.
     """
     import time
 
     from tqdm import tqdm
 
-    check(isinstance(nfe, int) and nfe >= 2, f"nfe={nfe} must be an integer of at least 2; 5 to 20 is usual")
+    check(isinstance(nfe, (int, np.integer)) and nfe >= 2, f"nfe={nfe} must be an integer of at least 2; 5 to 20 is usual")
     check(num_states >= 16, f"num_states={num_states} must be at least 16; 4096 is usual")
+    check(fine_steps > nfe, f"fine_steps={fine_steps} must be more than nfe={nfe}; 100 is usual")
     check_process(score_fn, sde)
+    shape, _ = check_state(score_fn, sde, key, shape, None)
     t_end = check_t_end(sde, t_end)
     sigma_data = getattr(score_fn, "sigma_data", 0.5) if sigma_data is None else sigma_data
     score_fn = as_pytree(score_fn)
@@ -206,6 +210,7 @@ def fit_solver(
                 keys = jax.random.split(key_probes, (len(some[0]), shape[0]))
                 totals = [equations(score_fn, theta, limit, *part) for part in zip(*some, keys)]
                 gradient, matrix = (sum(np.asarray(a, np.float64) for a in each) for each in zip(*totals))
+                check(bool(np.isfinite(matrix).all()), "the derivatives of score_fn are not finite at some state and time: a fit needs them")
             # Several dampings at once; the errors choose among them.
             dampings = damping * np.array([0.03, 0.3, 3.0, 30.0])
             scale = np.diag(np.diag(matrix) + 1e-9 * np.trace(matrix))
@@ -233,7 +238,7 @@ def fit_solver(
                 break
     table, times = family.build(unravel(best_theta))
     facts = {
-        "sde": repr(sde), "nfe": nfe, "t_end": float(t_end), "sigma_data": float(sigma_data), "event_shape": list(shape[1:]),
+        "sde": repr(sde), "nfe": int(nfe), "t_end": float(t_end), "sigma_data": float(sigma_data), "event_shape": list(shape[1:]),
         "held_out_states": len(best), **_errors("", best), **_errors("_of_the_default", of_default),
     }  # fmt: skip
     return LearnedSolver(table, times, _process(sde), json.dumps(facts))

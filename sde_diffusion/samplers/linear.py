@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 
 from sde_diffusion.prediction import predict
 from sde_diffusion.sde import SDE, Number, check, pytree_dataclass
-from sde_diffusion.times import terminal_log_snr
+from sde_diffusion.times import LOWEST_LOG_SNR
 
 # An array of floats; under a JAX transformation, whatever leaf JAX puts in its place.
 Leaf = Any
@@ -56,7 +56,7 @@ class Steps:
     Attributes:
       sde: the process.
       time, alpha, sigma: of the grid, `(N + 1,)` each.
-      half_log_snr: log(alpha / sigma) `(N + 1,)`, at least -10: finite at zero terminal SNR as well.
+      half_log_snr: log(alpha / sigma) `(N + 1,)`; at zero terminal SNR, where it is infinite, -10, or 1/2 less than the next.
       sigma_data: standard deviation of the data.
       noise_level: tau, from 0 (the probability-flow ODE) over 1 (the reverse SDE) to beyond; None for a deterministic solver.
     """
@@ -72,7 +72,8 @@ class Steps:
     @classmethod
     def of(cls, sde: SDE, time: Float[Array, " times"], sigma_data=0.5, noise_level=None) -> "Steps":
         """The steps of a grid of times."""
-        log_snr = jnp.maximum(sde.log_snr(time), terminal_log_snr(sde, time.dtype))
+        log_snr = sde.log_snr(time)
+        log_snr = jnp.where(jnp.isfinite(log_snr), log_snr, jnp.minimum(LOWEST_LOG_SNR, log_snr[1] - 1))
         return cls(sde, time, sde.alpha(time), sde.sigma(time), 0.5 * log_snr, sigma_data, noise_level)
 
     @property
@@ -354,7 +355,9 @@ class Solver:
     """A named solver: a function from `Steps` to a `Table`, and its fact sheet.
 
     Attributes:
-      order: of convergence, of stochastic ones at noise level 0; their weak order at higher ones is 1.
+      order: of convergence, of stochastic ones at noise level 0; their weak order at higher ones is 1. Of a multistep method, that of its
+        steps once its history is full. Its first step is of order 1, so that what the first steps leave falls by order 2 only, by order 3
+        with a corrector: little from a prior of much noise, but the most of what is left in very many steps.
       evaluations: of the network, per step; a multistep method needs no more to start up.
       source: the paper, with its equation or algorithm.
       min_steps: fewest steps with which it makes sense: a multistep method's order.

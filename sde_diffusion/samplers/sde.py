@@ -10,6 +10,7 @@ import dataclasses
 import functools
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from sde_diffusion.samplers.integrate import integrate
@@ -45,7 +46,7 @@ def euler_maruyama(steps: Steps) -> Table:
     )
 
 
-@_register(order=1, evaluations=1, grid="uniform", source="arXiv:2011.13456 appendix E, eq. 46")
+@_register(order=1, evaluations=1, grid="uniform", zero_snr=False, source="arXiv:2011.13456 appendix E, eq. 46")
 def reverse_diffusion(steps: Steps) -> Table:
     """The forward transition's own discretization, reversed."""
     (a, variance), tau = _transition(steps), steps.noise_level
@@ -158,7 +159,11 @@ def sample_sde(
     Raises:
       ValueError: as `sample_ode`, before any compilation; also noise_level < 0.
     """
-    check(noise_level >= 0, f"noise_level={noise_level} must be at least 0; 0 is the ODE, 1 the reverse SDE")
+    check(
+        (noise_level >= 0) & (noise_level < np.inf),
+        f"noise_level={noise_level} must be at least 0, and finite; 0 is the ODE, 1 the reverse SDE",
+    )
+    check(not hasattr(method, "times"), "a fitted solver is deterministic: pass it to sample_ode")
     return integrate(
         METHODS, method, score_fn, sde, key, shape, num_steps=num_steps, grid=grid, t_end=t_end, init=init, denoise=denoise,
         return_path=return_path, sigma_data=sigma_data, noise_level=noise_level,
