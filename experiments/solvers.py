@@ -115,7 +115,7 @@ def ours(problem: Problem) -> dict[str, dict[int, tuple[float, str]]]:
     """The error of each method at each budget, with the best of its grids."""
     table = {}
     for name, solver in ode.METHODS.items():
-        grids = ("student",) if name == "adams" else tuple(g for g in GRIDS if g != "quadratic")
+        grids = (solver.grid,) if name == "adams" else tuple(g for g in GRIDS if g != "quadratic")
         table[name] = {}
         for budget in BUDGETS:
             steps = budget // solver.evaluations

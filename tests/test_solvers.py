@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.stats
 from oracle import SDES, ZERO_SNR, mixture, moment_z_scores, order
 
 import sde_diffusion as sd
@@ -105,6 +106,28 @@ def test_a_linear_score_of_the_datas_own_scale_costs_no_steps(options):
         x = sd.sample_ode(score_fn, sde, jax.random.key(0), (5, 2), init=init, denoise=False, **options)
         start, end = (jnp.sqrt((sde.alpha(t) * s) ** 2 + sde.sigma(t) ** 2) for t in (sde.t_max, sde.t_min))
         np.testing.assert_allclose(x, init * end / start, rtol=2e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["ve", "vp"])
+def test_a_first_step_knows_the_mean(name):
+    """On N(m, s^2 I) with sigma_data = s the default's rule is exact in a single step, wherever it starts."""
+    sde, mean = SDES[name], np.array([3.0, -0.7])
+    score_fn = sd.GaussianMixture.gaussian(mean, 0.25 * np.eye(2)).score_fn(sde)
+    for first in (sde.t_max, 0.6 * sde.t_max):
+        grid = jnp.array([first, sde.t_min])
+        (a, b), (start, end) = sde.alpha(grid), (jnp.sqrt((sde.alpha(t) * 0.5) ** 2 + sde.sigma(t) ** 2) for t in grid)
+        init = (a * mean)[None] + start * jax.random.normal(jax.random.key(0), (5, 2))
+        x = sd.sample_ode(score_fn, sde, jax.random.key(0), (5, 2), init=init, grid=grid, method=ode.between_orders, denoise=False, sigma_data=0.5)
+        np.testing.assert_allclose(x, (b * mean)[None] + (init - (a * mean)[None]) * end / start, rtol=2e-4, atol=2e-3 * end)
+
+
+def test_the_tapered_grid_s_first_and_last_steps_are_shorter():
+    """Its steps are uniform quantiles of Student's distribution, but the first, of 0.85, and the last, of 1/2 + 2.5/N."""
+    sde, num_steps = sd.VE(sigma_min=0.001, sigma_max=80.0, t_min=1e-6, t_train=1e-6), 10
+    z = -0.5 * np.asarray(sde.log_snr(sd.time_grid(sde, num_steps, sigma_data=0.5)), np.float64) - np.log(1.8 * 0.5)
+    scale = np.where(z > 0, 2.0, 2.1)
+    steps = -np.diff(scipy.stats.t.cdf(z / scale, df=2))
+    np.testing.assert_allclose(steps / steps[1], [0.85, *[1.0] * (num_steps - 2), 0.75], rtol=1e-3)
 
 
 def test_the_prior_s_x0_does_not_reach_the_second_step():

@@ -185,7 +185,7 @@ def fit_solver(
     num_held = max(1, num_batches // 4)
     held_out, data = (x[:num_held], target[:num_held]), (x[num_held:], target[num_held:])
 
-    family = _Family(sde, nfe, sigma_data, time_grid(sde, nfe, "student", t_end, sigma_data))
+    family = _Family(sde, nfe, sigma_data, time_grid(sde, nfe, t_end=t_end, sigma_data=sigma_data))
     theta, unravel = ravel_pytree(family.start())
     solve = functools.partial(_end, family, unravel, sde)
     squares, equations = jax.jit(functools.partial(_squares, solve)), jax.jit(functools.partial(_normal_equations, solve))

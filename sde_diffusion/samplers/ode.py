@@ -15,6 +15,8 @@ METHODS: dict[str, Solver] = {}
 
 # Adams-Bashforth as predictor and Adams-Moulton as corrector, for w over the angle (`linear.angle_space`): the project's own.
 
+_ADAMS = dict(evaluations=1, grid="tapered")
+
 
 def _adams(steps, order):
     space = angle_space(steps)
@@ -28,10 +30,21 @@ def between_orders(steps: Steps) -> Table:
     space = angle_space(steps)
     high, low = adams_bashforth(space, order), adams_bashforth(space, np.maximum(order - 1, 1))
     explicit = 0.75 * high + 0.25 * jnp.pad(low, ((0, 0), (0, high.shape[1] - low.shape[1])))
-    return multistep(steps, space, explicit, adams_moulton(space, order))
+    return multistep(steps, space, explicit.at[0, 0].set(_first_step(steps)), adams_moulton(space, order))
 
 
-@register(METHODS, order=2, evaluations=1, source="as adams_4")
+def _first_step(steps: Steps):
+    """The history factor of a first step in `linear.angle_space` that takes w as proportional to sin(theta) cos(theta).
+
+    It is just that for N(m, s^2 I), with any mean m; a constant w would be several times too small over the long step from the
+    prior. The integral of sin(theta) dtheta, over sin(theta_0) cos(theta_0).
+    """
+    zeta = jnp.arcsinh(jnp.exp(-steps.half_log_snr[:2]) / steps.sigma_data)
+    falls = 2 * jnp.sinh(0.5 * (zeta[1] + zeta[0])) * jnp.sinh(0.5 * (zeta[1] - zeta[0]))  # of cosh(zeta) = 1 / cos(theta)
+    return jnp.hypot(steps.alpha[1] * steps.sigma_data, steps.sigma[1]) * falls / (jnp.cosh(zeta[1]) * jnp.tanh(zeta[0]))
+
+
+@register(METHODS, order=2, source="as adams_4", **_ADAMS)
 def adams(steps: Steps) -> Table:
     """The default, for any number of evaluations: as adams_4, with a predictor between two orders.
 
@@ -46,19 +59,19 @@ def adams(steps: Steps) -> Table:
     return between_orders(steps)
 
 
-@register(METHODS, order=3, evaluations=1, min_steps=2, source="as adams_4")
+@register(METHODS, order=3, min_steps=2, source="as adams_4", **_ADAMS)
 def adams_2(steps: Steps) -> Table:
     """As adams_4, predictor of order 2 and corrector of order 3."""
     return _adams(steps, orders(steps.num, 2))
 
 
-@register(METHODS, order=4, evaluations=1, min_steps=3, source="as adams_4")
+@register(METHODS, order=4, min_steps=3, source="as adams_4", **_ADAMS)
 def adams_3(steps: Steps) -> Table:
     """As adams_4, predictor of order 3 and corrector of order 4."""
     return _adams(steps, orders(steps.num, 3))
 
 
-@register(METHODS, order=5, evaluations=1, min_steps=4, source="linear.angle_space")
+@register(METHODS, order=5, min_steps=4, source="linear.angle_space", **_ADAMS)
 def adams_4(steps: Steps) -> Table:
     """Multistep predictor and corrector for w over the angle arctan(sigma / (alpha s)): for many steps and small errors.
 
@@ -268,8 +281,9 @@ def sample_ode(
         (see `samplers.linear`). "adams", the default, takes one evaluation a step and suits every number of them.
       num_steps: steps of the grid, 18 by default. Evaluations: num_steps times those of a step, and one more for
         `denoise`.
-      grid: "student" (the default of most), "edm", "log_snr", "uniform" or "quadratic" (see `time_grid`), or an array of
-        decreasing times, which replaces num_steps and t_end and does not recompile when its values change.
+      grid: "tapered" (the default of the adams methods), "student" (that of most others), "edm", "log_snr", "uniform" or "quadratic"
+        (see `time_grid`), or an array of decreasing times, which replaces num_steps and t_end and does not recompile when its values
+        change.
       t_end: where the grid stops, in [t_train, t_max); `sde.t_min` by default.
       init: the state at the first time `(B, *event)` instead of a prior draw.
       denoise: end with one posterior-mean step E[x_0 | x_{t_end}].
