@@ -464,6 +464,7 @@ def vp_call(function=sd.sample_ode, **options):
         (vp_call(grid=jnp.array([1.0, 0.5, 0.5])), ["decreasing", "repeated"]),
         (lambda: resolve_grid(SDES["vp"], np.array([1.0, 0.5, 0.5 - 1e-10]), 2, None, 0.5, True), ["decreasing", "repeated in float32"]),
         (vp_call(grid=jnp.array([1.0, np.nan])), ["decreasing"]),
+        (lambda: resolve_grid(SDES["vp"], ["edm", "uniform"], 2, None, 0.5, True), ["1-D array of at least 2 decreasing times", "student"]),
         (vp_call(grid=jnp.array([2.0, 0.5])), ["2", "outside", "VP", "1.0"]),
         (vp_call(grid=jnp.array([1.0, 0.0])), ["outside", "1e-05"]),
         (vp_call(grid=jnp.array([1.0])), ["(1,)", "at least 2"]),

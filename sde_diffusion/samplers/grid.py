@@ -121,8 +121,8 @@ def resolve_grid(
         return time_grid(sde, num_steps, grid, t_end, sigma_data)
     times = grid if isinstance(grid, jax.core.Tracer) else np.asarray(grid)
     check(
-        times.ndim == 1 and times.shape[0] >= 2,
-        f"grid has shape {times.shape}; pass a 1-D array of at least 2 decreasing times, or one of {sorted(GRIDS)}",
+        times.ndim == 1 and times.shape[0] >= 2 and jnp.issubdtype(times.dtype, np.number),
+        f"grid has shape {times.shape} of {times.dtype}; pass a 1-D array of at least 2 decreasing times, or one of {sorted(GRIDS)}",
     )
     if t_end is not None:
         raise ValueError(f"t_end={t_end} and a grid array were both given; the grid's last time is t_end: pass one")
