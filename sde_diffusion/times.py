@@ -137,6 +137,11 @@ def terminal_log_snr(sde: SDE, dtype=float) -> Float[Array, ""]:
     return jnp.maximum(sde.log_snr(jnp.asarray(sde.t_max, dtype)), LOWEST_LOG_SNR)
 
 
+def lowest_log_snr(sigma_data):
+    """-20, and for data of a standard deviation above 1 as much lower as makes it the same beside the noise."""
+    return LOWEST_LOG_SNR - 2 * jnp.log(jnp.maximum(sigma_data, 1.0))
+
+
 def _range(sde, dtype):
     return sde.log_snr(jnp.asarray(sde.t_train, dtype)) - terminal_log_snr(sde, dtype)
 

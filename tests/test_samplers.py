@@ -9,7 +9,7 @@ from oracle import SDES, ZERO_SNR, drift_and_squared_diffusion, mixture, moment_
 import sde_diffusion as sd
 from sde_diffusion.samplers import ode
 from sde_diffusion.samplers import sde as reverse
-from sde_diffusion.samplers.grid import resolve_grid
+from sde_diffusion.samplers.grid import GRIDS, resolve_grid
 
 NAMES = sorted(SDES)
 ODE = tuple(sorted(ode.METHODS))
@@ -266,6 +266,28 @@ def test_grids(sde, kind):
     spaced = {"edm": np.exp(-log_snr / 14), "log_snr": log_snr, "uniform": t, "quadratic": np.sqrt(t)}[kind]
     steps = np.diff(np.asarray(spaced, np.float64))
     np.testing.assert_allclose(steps, steps.mean(), rtol=2e-3)
+
+
+@pytest.mark.parametrize("kind", GRIDS)
+def test_grids_that_stop_in_noise(kind):
+    """Below a log-SNR of -20, from where a grid starts otherwise: it still decreases."""
+    sde = sd.VP(beta_max=60.0)
+    t = np.asarray(sd.time_grid(sde, 5, kind, t_end=0.9))
+    assert sde.log_snr(jnp.array(0.9)) < -24 and (np.diff(t) < 0).all() and t[0] == 1 and t[-1] == np.float32(0.9)
+
+
+def test_samples_have_the_unit_of_the_data():
+    """Data, noise and sigma_data in another unit: the samples too, however small alpha / sigma then is."""
+    unit = 1e4
+    sde = sd.VE(0.01 * unit, 80.0 * unit)
+    oracle = sd.GaussianMixture([0.5, 0.5], unit * np.array([[0.9, 0.0], [-0.9, 0.2]]), unit**2 * np.stack([0.1 * np.eye(2)] * 2))
+    init = unit * 80 * jax.random.normal(jax.random.key(0), (64, 2))
+    x = sd.sample_ode(oracle.score_fn(sde), sde, jax.random.key(0), (64, 2), init=init, num_steps=8, sigma_data=0.5 * unit)
+    same = sd.sample_ode(
+        sd.GaussianMixture([0.5, 0.5], oracle.means / unit, np.stack([0.1 * np.eye(2)] * 2)).score_fn(sd.VE(0.01, 80.0)),
+        sd.VE(0.01, 80.0), jax.random.key(0), (64, 2), init=init / unit, num_steps=8, sigma_data=0.5,
+    )  # fmt: skip
+    np.testing.assert_allclose(x / unit, same, rtol=1e-3, atol=1e-3)
 
 
 def test_edm_grid_is_edms(x64):

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 from sde_diffusion.prediction import lookup
 from sde_diffusion.sde import SDE, Number, check, known
-from sde_diffusion.times import terminal_log_snr
+from sde_diffusion.times import lowest_log_snr
 
 
 def _uniform(sde, t0, t1, u, s):
@@ -20,14 +20,19 @@ def _quadratic(sde, t0, t1, u, s):
     return (jnp.sqrt(t0) + (jnp.sqrt(t1) - jnp.sqrt(t0)) * u) ** 2
 
 
+def _ends(sde, t0, t1, s=1.0):
+    """The log-SNRs between which a grid lies: from `lowest_log_snr` at the least, but from below where it stops."""
+    first, last = sde.log_snr(t0), sde.log_snr(t1)
+    return jnp.maximum(first, jnp.minimum(lowest_log_snr(s), last - 1)), last
+
+
 def _log_snr(sde, t0, t1, u, s):
-    high, low = terminal_log_snr(sde, u.dtype), sde.log_snr(t1)
-    return sde.time(high + (low - high) * u)
+    first, last = _ends(sde, t0, t1)
+    return sde.time(first + (last - first) * u)
 
 
 def _edm(sde, t0, t1, u, s, rho=7.0):
-    first = jnp.exp(-terminal_log_snr(sde, u.dtype) / (2 * rho))
-    last = jnp.exp(-sde.log_snr(t1) / (2 * rho))
+    first, last = (jnp.exp(-log_snr / (2 * rho)) for log_snr in _ends(sde, t0, t1))
     return sde.time(-2 * rho * jnp.log(first + (last - first) * u))
 
 
@@ -40,17 +45,16 @@ def _student(sde, t0, t1, u, s):
     def width(side):
         return jnp.where(side > 0, 2.0, below)
 
-    ends = (-0.5 * log_snr - centre for log_snr in (terminal_log_snr(sde, u.dtype), sde.log_snr(t1)))
+    ends = (-0.5 * log_snr - centre for log_snr in _ends(sde, t0, t1, s))
     first, last = (z / jnp.sqrt(2 * width(z) ** 2 + z**2) for z in ends)
     q = first + (last - first) * u
     return sde.time(-2 * (centre + width(q) * q * jnp.sqrt(2 / (1 - q**2))))
 
 
 def _tapered(sde, t0, t1, u, s):
-    # A multistep method's first step has no history, and nothing corrects its last: both are shorter, the last more so in long runs.
+    # Nothing corrects a multistep method's last step: it is shorter, the more so in long runs.
     lengths = np.ones(len(u) - 1)
-    lengths[0] -= 0.15
-    lengths[-1] -= max(0.0, 0.5 - 2.5 / len(lengths))
+    lengths[-1] -= max(0.0, 0.5 - 3 / len(lengths))
     return _student(sde, t0, t1, jnp.asarray(np.concatenate([[0.0], np.cumsum(lengths) / lengths.sum()]), u.dtype), s)
 
 
@@ -66,18 +70,17 @@ def time_grid(
     kind: "student": log(sigma / alpha) at equal quantiles of Student's t distribution (2 degrees of freedom,
     scale 2 above and 2.1 below) around log(1.8 sigma_data): most steps where the data takes shape; for an end between
     e^-5.5 and e^-3 sigma_data the centre moves to 1.3 sigma_data and the lower scale to 2.5. "tapered",
-    the default: the same, but the first step covers 15 % less of these quantiles than the others, the last of N > 5 steps
-    (1/2 - 2.5/N) less; for multistep methods. "edm": uniform in
-    (sigma / alpha)^(1/7) (arXiv:2206.00364 eq. 5); "log_snr": uniform in lambda (arXiv:2206.00927 section 3.2); "uniform" in t;
+    the default: the same, but the last of N > 6 steps covers 1/2 + 3/N of the others' share of these quantiles; for multistep methods.
+    "edm": uniform in (sigma / alpha)^(1/7) (arXiv:2206.00364 eq. 5); "log_snr": uniform in lambda (arXiv:2206.00927 section 3.2); "uniform" in t;
     "quadratic": uniform in sqrt(t) (arXiv:2010.02502 appendix D.2).
-    sigma_data: the standard deviation of the data, for these two.
+    sigma_data: the standard deviation of the data, for "student" and "tapered".
 
     Raises:
       ValueError: unknown kind, num_steps < 1, sigma_data not positive, or t_end outside [t_train, t_max).
     """
     fn = lookup(GRIDS, kind, "grid")
     check(
-        isinstance(num_steps, (int, np.integer)) and num_steps >= 1,
+        isinstance(num_steps, (int, np.integer)) and not isinstance(num_steps, bool) and num_steps >= 1,
         f"num_steps={num_steps} must be an integer of at least 1; 20 to 50 is usual for an ODE sampler",
     )
     check_sigma_data(sigma_data)

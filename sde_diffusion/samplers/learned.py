@@ -33,7 +33,8 @@ _LIMIT = 10
 _POINTS = 9
 
 
-_ARRAYS = (*(f.name for f in dataclasses.fields(Table) if f.name not in ("noise", "stages")), "times", "process")
+_TABLE = tuple(f.name for f in dataclasses.fields(Table) if f.name not in ("noise", "stages"))
+_ARRAYS = {*_TABLE, "times", "process"}
 
 
 @pytree_dataclass
@@ -75,14 +76,11 @@ class LearnedSolver:
 
     def save(self, path: str | Path) -> Path:
         """Writes it as a small JSON file."""
-        arrays = {k: np.asarray(v).tolist() for k, v in self._arrays().items()}
+        arrays = {name: getattr(self.table, name) for name in _TABLE} | {"times": self.times, "process": self.process}
+        arrays = {k: np.asarray(v).tolist() for k, v in arrays.items() if v is not None}
         path = Path(path)
         path.write_text(json.dumps({"facts": json.loads(self.facts), **arrays}, indent=1) + "\n")
         return path
-
-    def _arrays(self):
-        table = {f.name: getattr(self.table, f.name) for f in dataclasses.fields(Table) if f.name not in ("noise", "stages")}
-        return {**table, "times": self.times, "process": self.process}
 
     @classmethod
     def load(cls, path: str | Path) -> "LearnedSolver":
@@ -94,7 +92,8 @@ class LearnedSolver:
         try:
             check(Path(path).stat().st_size <= 2**25, "more than 32 MiB")
             plain = json.loads(Path(path).read_text())
-            check(isinstance(plain, dict) and plain.keys() == {*_ARRAYS, "facts"}, f"it needs facts, {', '.join(_ARRAYS)}")
+            needed = {"facts", *_ARRAYS} - {"first"}
+            check(isinstance(plain, dict) and plain.keys() - {"first"} == needed, f"it needs {', '.join(sorted(needed))}")
             facts = plain.pop("facts")
             check(isinstance(facts, dict) and isinstance(facts.get("sde"), str), "its facts do not tell the SDE")
             arrays = {k: np.asarray(v, np.float64) for k, v in plain.items()}

@@ -16,8 +16,10 @@ from jaxtyping import Array, Float
 
 from sde_diffusion.prediction import predict
 from sde_diffusion.sde import SDE, Number, check, pytree_dataclass
-from sde_diffusion.times import LOWEST_LOG_SNR
+from sde_diffusion.times import lowest_log_snr
 
+# How wrong eps_hat is at the prior, of a network that predicts it.
+_EPS_ERROR = 0.001
 # An array of floats; under a JAX transformation, whatever leaf JAX puts in its place.
 Leaf = Any
 
@@ -28,7 +30,7 @@ class Table:
 
     It keeps y_i = x0_i x0_hat + eps_i eps_hat, and moves the state to
 
-        x_{i+1} = state_i x_i + sum_{j<K} history_ij y_{i-j} + noise_i z_i,  z_i ~ N(0, I).
+        x_{i+1} = state_i x_i + sum_{j<K} history_ij y_{i-j} + first_i y_0 + noise_i z_i,  z_i ~ N(0, I).
 
     Attributes:
       time: of the evaluations, `(R,)`; there are R / N rows for each of the grid's N steps.
@@ -36,6 +38,7 @@ class Table:
       state: factor of the state, `(R,)`.
       history: factors of this evaluation and those before it, the newest first, `(R, K)`; zero where there is none. `(R, K M)` for M combinations,
         those of one evaluation side by side.
+      first: factors of the first evaluation of all, `(R,)`, `(R, M)` for M combinations, or None.
       noise: standard deviation of what is added, `(R,)`, or None for a deterministic solver.
       stages: R / N, the evaluations of a step.
     """
@@ -45,6 +48,7 @@ class Table:
     eps: Leaf
     state: Leaf
     history: Leaf
+    first: Leaf = None
     noise: Leaf = None
     stages: int = dataclasses.field(default=1, metadata={"static": True})
 
@@ -56,7 +60,8 @@ class Steps:
     Attributes:
       sde: the process.
       time, alpha, sigma: of the grid, `(N + 1,)` each.
-      half_log_snr: log(alpha / sigma) `(N + 1,)`; at zero terminal SNR, where it is infinite, -10, or 1/2 less than the next.
+      half_log_snr: log(alpha / sigma) `(N + 1,)`; at zero terminal SNR, where it is infinite, -10 (less log sigma_data where that is above
+        1), or 1/2 less than the next.
       sigma_data: standard deviation of the data.
       noise_level: tau, from 0 (the probability-flow ODE) over 1 (the reverse SDE) to beyond; None for a deterministic solver.
     """
@@ -73,7 +78,7 @@ class Steps:
     def of(cls, sde: SDE, time: Float[Array, " times"], sigma_data=0.5, noise_level=None) -> "Steps":
         """The steps of a grid of times."""
         log_snr = sde.log_snr(time)
-        log_snr = jnp.where(jnp.isfinite(log_snr), log_snr, jnp.minimum(LOWEST_LOG_SNR, log_snr[1] - 1))
+        log_snr = jnp.where(jnp.isfinite(log_snr), log_snr, jnp.minimum(lowest_log_snr(sigma_data), log_snr[1] - 1))
         return cls(sde, time, sde.alpha(time), sde.sigma(time), 0.5 * log_snr, sigma_data, noise_level)
 
     @property
@@ -146,7 +151,7 @@ def damped_data_space(steps: Steps) -> Space:
     space = data_space(steps)
 
     def damping(half_log_snr):
-        return jax.lax.rsqrt(1 + (0.03 * jnp.exp(-half_log_snr) / steps.sigma_data) ** 2)
+        return 1 / jnp.hypot(1.0, 0.03 * jnp.exp(-half_log_snr) / steps.sigma_data)
 
     at = damping(steps.half_log_snr[:-1, None] + space.points)
     return dataclasses.replace(space, x0=damping(steps.half_log_snr), weights=space.weights / at)
@@ -188,7 +193,9 @@ def angle_space(steps: Steps) -> Space:
     theta is sigma / (alpha s): a polynomial in theta follows all three.
     """
     s = steps.sigma_data
-    (x0, eps), c = residual(steps.alpha, steps.sigma, s)
+    # At zero SNR as at the one by which the steps count: what is kept would vanish there, and the first move with it.
+    alpha = jnp.where(steps.alpha > 0, steps.alpha, steps.sigma * jnp.exp(steps.half_log_snr))
+    (x0, eps), c = residual(alpha, steps.sigma, s)
     zeta = jnp.arcsinh(jnp.exp(-steps.half_log_snr) / s)
     points, weights = _quadrature(jnp.diff(zeta))
 
@@ -271,7 +278,32 @@ def multistep(
         # Row i corrects the step that ended at t_i, where y_{i-1} was the explicit method's newest.
         correction = (widen(implicit, 0) - widen(explicit, 1))[:-1]
         history = widen(explicit, 0) + space.factor[:, None] * jnp.pad(correction, ((1, 0), (0, 0)))
-    return Table(steps.time[:-1], space.x0[:-1], space.eps[:-1], space.factor, history, space.noise)
+    return Table(steps.time[:-1], space.x0[:-1], space.eps[:-1], space.factor, history, noise=space.noise)
+
+
+def centred(steps: Steps, table: Table) -> Table:
+    """A solver in `angle_space` that is also exact for what a mean of the data explains: the project's own.
+
+    For N(m, s^2 I), whatever m, w is proportional to g = sin(theta) cos(theta), whose integral over zeta is known. So of every w
+    the first one's g / g_0 is left to that integral, and only the rest is interpolated: with weight one the solver is exact for N(m, s^2 I),
+    and where the data is moved, the samples move with it.
+
+    An error of eps_hat counts 1 / cos(theta_0) times in such a mean. Hence the weight 1 / (1 + (0.001 / cos(theta_0))^2); it is
+    one at zero SNR, from which no network predicts eps.
+    """
+    zeta = jnp.arcsinh(jnp.exp(-steps.half_log_snr) / steps.sigma_data)
+    cosh, tanh = jnp.cosh(zeta), jnp.tanh(zeta)  # 1 / cos(theta), sin(theta)
+    weight = jnp.where(steps.alpha[0] > 0, 1 / (1 + (_EPS_ERROR * cosh[0]) ** 2), 1.0)
+    scale = weight * cosh[0] / tanh[0]
+    share = scale * tanh[:-1] / cosh[:-1]
+    falls = 2 * jnp.sinh(0.5 * (zeta[1:] + zeta[:-1])) * jnp.sinh(0.5 * (zeta[1:] - zeta[:-1]))  # of cosh
+    whole = scale * (falls / cosh[1:] / cosh[:-1]) * jnp.hypot(steps.alpha[1:] * steps.sigma_data, steps.sigma[1:])
+    return dataclasses.replace(table, first=whole - (table.history * _before(share, table.history.shape[1])).sum(axis=1))
+
+
+def _before(values, num: int):
+    """values_{i - j} for j < num, `(R, num)`; 0 before the first."""
+    return jnp.pad(values, (num - 1, 0))[np.arange(len(values))[:, None] + np.arange(num)[::-1]]
 
 
 def mean(a: Table, b: Table) -> Table:
@@ -279,8 +311,9 @@ def mean(a: Table, b: Table) -> Table:
     check(a.x0.ndim == b.x0.ndim == 1 and a.noise is None and b.noise is None, "a mean is of deterministic tables that keep one combination")
     num = max(a.history.shape[1], b.history.shape[1])
     history = jnp.stack([jnp.pad(t.history, ((0, 0), (0, num - t.history.shape[1]))) for t in (a, b)], axis=-1)
-    kept = (jnp.stack([getattr(t, name) for t in (a, b)], axis=-1) for name in ("x0", "eps"))
-    return Table(a.time, *kept, 0.5 * (a.state + b.state), 0.5 * history.reshape(len(history), -1), None, a.stages)
+    x0, eps = (jnp.stack([getattr(t, name) for t in (a, b)], axis=-1) for name in ("x0", "eps"))
+    first = jnp.stack([jnp.zeros_like(t.time) if t.first is None else t.first for t in (a, b)], axis=-1)
+    return Table(a.time, x0, eps, 0.5 * (a.state + b.state), 0.5 * history.reshape(len(history), -1), 0.5 * first, stages=a.stages)
 
 
 def one_step(times, kept, moves, noise=None) -> Table:
@@ -307,7 +340,7 @@ def one_step(times, kept, moves, noise=None) -> Table:
         factor, before = total, coefficients
     x0, eps = zip(*kept)
     noise = None if noise is None else rows([0.0] * (num - 1) + [noise])
-    return Table(rows(times), rows(x0), rows(eps), rows(states), jnp.stack(history, axis=1).reshape(-1, num), noise, num)
+    return Table(rows(times), rows(x0), rows(eps), rows(states), jnp.stack(history, axis=1).reshape(-1, num), noise=noise, stages=num)
 
 
 def run(table: Table, score_fn, sde, key, x, t_end, *, correct=None, denoise=True, return_path=False) -> Any:
@@ -319,7 +352,8 @@ def run(table: Table, score_fn, sde, key, x, t_end, *, correct=None, denoise=Tru
       denoise: one evaluation more: the result is x0_hat at t_end.
     """
     if denoise:
-        last = Table(t_end, 1.0, 0.0, 0.0, np.eye(table.history.shape[1])[0], None if table.noise is None else 0.0, table.stages)
+        absent = (None if a is None else 0.0 for a in (table.first, table.noise))
+        last = Table(t_end, 1.0, 0.0, 0.0, np.eye(table.history.shape[1])[0], *absent, table.stages)
         table = jax.tree.map(lambda a, b: jnp.concatenate([a, jnp.broadcast_to(jnp.asarray(b, a.dtype), (1, *a.shape[1:]))]), table, last)
     num = table.time.shape[0]
     index = jnp.arange(num)
@@ -328,23 +362,27 @@ def run(table: Table, score_fn, sde, key, x, t_end, *, correct=None, denoise=Tru
     # Recomputed under grad: the memory of a gradient is that of the states, not of the network's insides.
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def body(carry, inputs):
-        x, past = carry
+        x, past, first = carry
         row, index, done, s = inputs
         key_noise, key_correct = jax.random.split(jax.random.fold_in(key, index))
         x0, eps = predict(score_fn, sde, x, row.time)
-        kept = [(a * x0 + b * eps).astype(x.dtype) for a, b in zip(jnp.atleast_1d(row.x0), jnp.atleast_1d(row.eps))]
-        past = jnp.concatenate([jnp.stack(kept), past[: -len(kept)]])
+        kept = jnp.stack([(a * x0 + b * eps).astype(x.dtype) for a, b in zip(jnp.atleast_1d(row.x0), jnp.atleast_1d(row.eps))])
+        past = jnp.concatenate([kept, past[: -len(kept)]])
         y = row.state * x + jnp.tensordot(row.history, past, 1, precision="highest")
+        if row.first is not None:
+            first = jnp.where(index == 0, kept, first)
+            y = y + jnp.tensordot(jnp.atleast_1d(row.first), first, 1, precision="highest")
         if row.noise is not None:
             y = y + row.noise * jax.random.normal(key_noise, x.shape, x.dtype)
         y = y.astype(x.dtype)
         if correct is not None:
             y = jax.lax.cond(done, lambda y: correct(key_correct, y, s), lambda y: y, y)
-        return (y, past), (y if return_path else None)
+        return (y, past, first), (y if return_path else None)
 
     past = jnp.zeros((table.history.shape[1], *x.shape), x.dtype)
+    first = None if table.first is None else jnp.zeros((table.x0[0].size, *x.shape), x.dtype)
     inputs = (table, index, step_done, jnp.append(table.time[1:], t_end))
-    (end, _), path = jax.lax.scan(body, (x, past), inputs)
+    (end, *_), path = jax.lax.scan(body, (x, past, first), inputs)
     if not return_path:
         return end
     return end, jnp.concatenate([x[None], path[table.stages - 1 : num - denoise : table.stages]])

@@ -6,21 +6,22 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from sde_diffusion.samplers.integrate import integrate
 from sde_diffusion.samplers.linear import (
-    Solver, Steps, Table, adams_bashforth, adams_moulton, angle_space, damped_data_space, data_space, mean, midpoint,
+    Solver, Steps, Table, adams_bashforth, adams_moulton, angle_space, centred, damped_data_space, data_space, mean, midpoint,
     multistep, noise_space, one_step, orders, register, residual, sigma_space,
 )  # fmt: skip
 from sde_diffusion.sde import SDE, Number, derivative
 
 METHODS: dict[str, Solver] = {}
 
-# Adams-Bashforth as predictor and Adams-Moulton as corrector, for w over the angle (`linear.angle_space`): the project's own.
+# Adams-Bashforth as predictor and Adams-Moulton as corrector, for w over the angle (`linear.angle_space`), less what a mean of the data
+# explains (`linear.centred`): the project's own.
 
 _ADAMS = dict(evaluations=1, grid="tapered")
 
 
 def _adams(steps, order):
     space = angle_space(steps)
-    return multistep(steps, space, adams_bashforth(space, order), adams_moulton(space, order))
+    return centred(steps, multistep(steps, space, adams_bashforth(space, order), adams_moulton(space, order)))
 
 
 def between_orders(steps: Steps) -> Table:
@@ -30,18 +31,7 @@ def between_orders(steps: Steps) -> Table:
     space = angle_space(steps)
     high, low = adams_bashforth(space, order), adams_bashforth(space, np.maximum(order - 1, 1))
     explicit = 0.75 * high + 0.25 * jnp.pad(low, ((0, 0), (0, high.shape[1] - low.shape[1])))
-    return multistep(steps, space, explicit.at[0, 0].set(_first_step(steps)), adams_moulton(space, order))
-
-
-def _first_step(steps: Steps):
-    """The history factor of a first step in `linear.angle_space` that takes w as proportional to sin(theta) cos(theta).
-
-    It is just that for N(m, s^2 I), with any mean m; a constant w would be several times too small over the long step from the
-    prior. The integral of sin(theta) dtheta, over sin(theta_0) cos(theta_0).
-    """
-    zeta = jnp.arcsinh(jnp.exp(-steps.half_log_snr[:2]) / steps.sigma_data)
-    falls = 2 * jnp.sinh(0.5 * (zeta[1] + zeta[0])) * jnp.sinh(0.5 * (zeta[1] - zeta[0]))  # of cosh(zeta) = 1 / cos(theta)
-    return jnp.hypot(steps.alpha[1] * steps.sigma_data, steps.sigma[1]) * falls / (jnp.cosh(zeta[1]) * jnp.tanh(zeta[0]))
+    return centred(steps, multistep(steps, space, explicit, adams_moulton(space, order)))
 
 
 @register(METHODS, order=2, source="as adams_4", **_ADAMS)
@@ -52,7 +42,7 @@ def adams(steps: Steps) -> Table:
     and high orders amplify that. The last three steps are of orders 2 and 1: they are long beside the finest structure of the data, and the
     network's own error outweighs what higher orders gain. Order 2 is that of the last step, which is not corrected.
     Below 6 steps each ends midway between that rule's and one of unipc_3 with x0 damped at the start (`linear.damped_data_space`): the
-    former is exact for data of standard deviation s, the latter for points, and where data is in between, their errors oppose.
+    former is exact for N(m, s^2 I), the latter for points, and where data is in between, their errors oppose.
     """
     if steps.num < 6:
         return mean(between_orders(steps), _unipc(steps, 3, damped_data_space(steps)))
@@ -71,12 +61,13 @@ def adams_3(steps: Steps) -> Table:
     return _adams(steps, orders(steps.num, 3))
 
 
-@register(METHODS, order=5, min_steps=4, source="linear.angle_space", **_ADAMS)
+@register(METHODS, order=5, min_steps=4, source="linear.angle_space, linear.centred", **_ADAMS)
 def adams_4(steps: Steps) -> Table:
     """Multistep predictor and corrector for w over the angle arctan(sigma / (alpha s)): for many steps and small errors.
 
     Adams-Bashforth of order 4 predicts a step, Adams-Moulton of order 5 redoes it once its end has been evaluated for the
-    next (PEC). Orders rise from 1 at the start; the last step is not corrected. Needs the data's standard deviation s, roughly.
+    next (PEC). Orders rise from 1 at the start; the last step is not corrected. What a mean of the data explains is integrated exactly
+    (`linear.centred`). Needs the data's standard deviation s, roughly.
     """
     return _adams(steps, orders(steps.num, 4))
 
@@ -278,10 +269,10 @@ def sample_ode(
       key: draws the prior sample; unused with `init`.
       shape: `(B, *event)`.
       method: a name that `sd.solvers()` lists, a solver of `fit_solver`, or a function from `Steps` to a `Table`
-        (see `samplers.linear`). "adams", the default, takes one evaluation a step and suits every number of them.
+        (see `samplers.linear`), whose grid is "student". "adams", the default, takes one evaluation a step and suits every number of them.
       num_steps: steps of the grid, 18 by default. Evaluations: num_steps times those of a step, and one more for
         `denoise`.
-      grid: "tapered" (the default of the adams methods), "student" (that of most others), "edm", "log_snr", "uniform" or "quadratic"
+      grid: "tapered" (the default of the adams methods), "student" (of most others), "edm", "log_snr", "uniform" or "quadratic"
         (see `time_grid`), or an array of decreasing times, which replaces num_steps and t_end and does not recompile when its values
         change.
       t_end: where the grid stops, in [t_train, t_max); `sde.t_min` by default.
