@@ -52,8 +52,9 @@ def _student(sde, t0, t1, u, s):
 
 
 def _tapered(sde, t0, t1, u, s):
-    # Nothing corrects a multistep method's last step: it is shorter, the more so in long runs.
+    # A multistep method's first step has no history, and nothing corrects its last: both are shorter, the last more so in long runs.
     lengths = np.ones(len(u) - 1)
+    lengths[0] -= 0.1
     lengths[-1] -= max(0.0, 0.5 - 3 / len(lengths))
     return _student(sde, t0, t1, jnp.asarray(np.concatenate([[0.0], np.cumsum(lengths) / lengths.sum()]), u.dtype), s)
 
@@ -70,7 +71,8 @@ def time_grid(
     kind: "student": log(sigma / alpha) at equal quantiles of Student's t distribution (2 degrees of freedom,
     scale 2 above and 2.1 below) around log(1.8 sigma_data): most steps where the data takes shape; for an end between
     e^-5.5 and e^-3 sigma_data the centre moves to 1.3 sigma_data and the lower scale to 2.5. "tapered",
-    the default: the same, but the last of N > 6 steps covers 1/2 + 3/N of the others' share of these quantiles; for multistep methods.
+    the default: the same, but the first step covers 0.9 of the others' share of these quantiles, the last of N > 6 steps 1/2 + 3/N; for
+    multistep methods.
     "edm": uniform in (sigma / alpha)^(1/7) (arXiv:2206.00364 eq. 5); "log_snr": uniform in lambda (arXiv:2206.00927 section 3.2); "uniform" in t;
     "quadratic": uniform in sqrt(t) (arXiv:2010.02502 appendix D.2).
     sigma_data: the standard deviation of the data, for "student" and "tapered".

@@ -19,7 +19,7 @@ from sde_diffusion.sde import SDE, Number, check, pytree_dataclass
 from sde_diffusion.times import lowest_log_snr
 
 # How wrong eps_hat is at the prior, of a network that predicts it.
-_EPS_ERROR = 0.001
+_EPS_ERROR = 0.002
 # An array of floats; under a JAX transformation, whatever leaf JAX puts in its place.
 Leaf = Any
 
@@ -288,7 +288,7 @@ def centred(steps: Steps, table: Table) -> Table:
     the first one's g / g_0 is left to that integral, and only the rest is interpolated: with weight one the solver is exact for N(m, s^2 I),
     and where the data is moved, the samples move with it.
 
-    An error of eps_hat counts 1 / cos(theta_0) times in such a mean. Hence the weight 1 / (1 + (0.001 / cos(theta_0))^2); it is
+    An error of eps_hat counts 1 / cos(theta_0) times in such a mean. Hence the weight 1 / (1 + (0.002 / cos(theta_0))^2); it is
     one at zero SNR, from which no network predicts eps.
     """
     zeta = jnp.arcsinh(jnp.exp(-steps.half_log_snr) / steps.sigma_data)
