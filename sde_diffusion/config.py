@@ -95,6 +95,7 @@ def defaults() -> dict[str, Any]:
             "denoise": True,
             "num": 1024,
             "batch_size": 512,
+            "fit_seconds": 240.0,  # limit of --mode=fit_solver, fine solutions not counted: more for large networks on a CPU
             "seed": 0,
         },
         "eval": {
@@ -279,7 +280,7 @@ def validate(config: ConfigDict) -> None:
         check_start(solver, method, sde, config.sample.num_steps)
     for key, seed in (("seed", config.seed), ("sample.seed", config.sample.seed), ("eval.seed", config.eval.seed)):
         check(isinstance(seed, int) and 0 <= seed < 2**63, f"{key}={seed!r} must be an integer from 0 to 2^63 - 1")
-    for key in ("optim.lr", "optim.eps", "sample.snr", "eval.rtol", "eval.atol"):
+    for key in ("optim.lr", "optim.eps", "sample.snr", "sample.fit_seconds", "eval.rtol", "eval.atol"):
         section, name = key.split(".")
         check(config[section][name] > 1e-37, f"{key}={config[section][name]!r} must be positive, and at least 1e-37")
     s = config.prediction.sigma_data

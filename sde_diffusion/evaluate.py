@@ -96,14 +96,17 @@ def fit_solver(config: ConfigDict, workdir: Path, params, event_shape: tuple[int
     solver = samplers.fit_solver(
         configs.build_score(config, params), configs.build_sde(config, params), jax.random.key(c.seed),
         (min(c.batch_size, 64), *event_shape), nfe=c.num_steps, t_end=c.t_end, num_states=512,
+        seconds=c.fit_seconds,
     )  # fmt: skip
     facts = json.loads(solver.facts)
     path = solver.save(workdir / f"solver_{c.num_steps}.json")
+    more = f": a larger sample.fit_seconds than {c.fit_seconds:g} may pay" if facts["ended_by"] == "the time limit" else ""
     print(
         f"{c.num_steps} evaluations, on {facts['held_out_states']} held-out states: RMSE {facts['held_out_rmse']:.4g} +- "
         f"{facts['held_out_stderr']:.1g}, median error {facts['held_out_median']:.4g}\n"
         f"the default solver there: RMSE {facts['held_out_rmse_of_the_default']:.4g} +- {facts['held_out_stderr_of_the_default']:.1g}, "
         f"median error {facts['held_out_median_of_the_default']:.4g}\n"
+        f"updates: {facts['updates']}, ended by {facts['ended_by']}{more}\n"
         f"in {path}; sample with it: --mode=sample --config.sample.method={path}"
     )
     return path

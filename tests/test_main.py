@@ -89,6 +89,19 @@ def test_sample_and_eval_find_the_config_in_the_workdir(workdir):
 
 
 @pytest.mark.slow
+def test_a_solver_is_fitted_to_a_run_and_samples_from_it(workdir):
+    done = run(f"--workdir={workdir}", "--mode=fit_solver", "--config.sample.num_steps=3", "--config.sample.fit_seconds=1e-3")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "updates: 1, ended by the time limit: a larger sample.fit_seconds than 0.001 may pay" in done.stdout
+    solver = workdir / "solver_3.json"
+    assert f"--mode=sample --config.sample.method={solver}" in done.stdout
+    done = run(f"--workdir={workdir}", "--mode=sample", "--config.sample.num=4", f"--config.sample.method={solver}")
+    assert done.returncode == 0, done.stderr[-3000:]
+    (file,) = (workdir / "samples").glob("*solver_3*.npz")
+    assert np.load(file)["samples"].shape == (4, 8, 8, 1)
+
+
+@pytest.mark.slow
 def test_solvers_beside_each_other_on_a_run(workdir, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(networks, "OWN", ("dpmpp_2m", "unipc_3"))  # each compiles for each number of evaluations
     trained = networks.load_run(workdir)

@@ -438,10 +438,11 @@ def test_a_fit_to_a_score_without_finite_derivatives_is_refused():
 def test_a_fit_where_the_default_is_exact_already_stays_there():
     """N(0, sigma_data^2 I): errors are those of rounding, so the equations must not divide by them."""
     sde, oracle = SDES["vp"], sd.GaussianMixture.gaussian(np.zeros(2), 0.25 * np.eye(2))
-    solver = sd.fit_solver(
-        oracle.score_fn(sde), sde, jax.random.key(0), (16, 2), nfe=6, num_states=32, max_updates=3, progress=False
-    )
-    assert json.loads(solver.facts)["held_out_rmse"] < 1e-5
+    options = dict(nfe=6, num_states=32, max_updates=3, progress=False)
+    facts = json.loads(sd.fit_solver(oracle.score_fn(sde), sde, jax.random.key(0), (16, 2), **options).facts)
+    assert facts["held_out_rmse"] < 1e-5 and (facts["updates"], facts["ended_by"]) == (3, "max_updates")
+    facts = json.loads(sd.fit_solver(oracle.score_fn(sde), sde, jax.random.key(0), (16, 2), **options, seconds=0.0).facts)
+    assert (facts["updates"], facts["ended_by"]) == (1, "the time limit")
 
 
 def test_below_16_steps_order_3_is_the_midpoint_rule():

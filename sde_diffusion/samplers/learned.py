@@ -152,8 +152,8 @@ def fit_solver(
       progress: show a bar with the median held-out error over that of the default solver.
 
     Returns:
-      The solver, for `sample_ode(..., method=solver)`. `solver.facts` holds the held-out errors: median, and RMSE with its standard
-      error.
+      The solver, for `sample_ode(..., method=solver)`. `solver.facts` holds the held-out errors, median and RMSE with its standard
+      error, the number of updates and what ended them.
 
     Raises:
       ValueError: nfe < 2 or not below fine_steps, t_end outside the SDE's range, too few states, a score that is not finite or whose
@@ -202,8 +202,9 @@ def fit_solver(
     # The first updates are rough: they look at a quarter of the states, and later ones at twice as many wherever the gain ends.
     some = [a[: -(-len(data[0]) // 4)] for a in data]
     here, moved = of_states(theta[None], some)[0], True
+    updates, ended_by = 0, "max_updates"
     with tqdm(total=max_updates, desc=f"fit nfe={nfe}", disable=not progress) as bar:
-        for key_probes in jax.random.split(jax.random.fold_in(key, 1), max_updates):
+        for updates, key_probes in enumerate(jax.random.split(jax.random.fold_in(key, 1), max_updates), 1):
             if moved:
                 limit = max(_LIMIT * np.median(here), 1e-30)
                 keys = jax.random.split(key_probes, (len(some[0]), shape[0]))
@@ -234,11 +235,12 @@ def fit_solver(
             bar.update()
             bar.set_postfix_str(f"held-out error {np.sqrt(np.median(best) / np.median(of_default)):.3f} of the default's")
             if idle >= 12 or time.monotonic() - began > seconds:
+                ended_by = "no more gain" if idle >= 12 else "the time limit"
                 break
     table, times = family.build(unravel(best_theta))
     facts = {
         "sde": repr(sde), "nfe": int(nfe), "t_end": float(t_end), "sigma_data": float(sigma_data), "event_shape": list(shape[1:]),
-        "held_out_states": len(best), **_errors("", best), **_errors("_of_the_default", of_default),
+        "updates": updates, "ended_by": ended_by, "held_out_states": len(best), **_errors("", best), **_errors("_of_the_default", of_default),
     }  # fmt: skip
     return LearnedSolver(table, times, _process(sde), json.dumps(facts))
 
