@@ -22,8 +22,9 @@ def integrate(
     if sigma_data is None:
         sigma_data = getattr(score_fn, "sigma_data", 0.5)
     check_sigma_data(sigma_data)
+    shape, init = check_state(score_fn, sde, key, shape, init)
     if hasattr(solver, "times"):
-        solver.check(sde)
+        solver.check(sde, shape[1:])
         if not (num_steps is None and grid is None and t_end is None):
             raise ValueError("a fitted solver has its own times: drop num_steps, grid and t_end, or fit another")
         grid = solver.times
@@ -33,7 +34,6 @@ def integrate(
     if isinstance(solver, Solver):
         check_start(solver, method, sde, len(times) - 1)
         noise_level = noise_level if solver.stochastic else None
-    shape, init = check_state(score_fn, sde, key, shape, init)
     return _run(
         as_pytree(solver), as_pytree(score_fn), sde, key, times, init, sigma_data, noise_level,
         None if correct is None else as_pytree(correct), shape=shape, denoise=denoise, return_path=return_path,
@@ -83,4 +83,5 @@ def _run(solver, score_fn, sde, key, times, init, sigma_data, noise_level, corre
     table = solver(Steps.of(sde, times, sigma_data, noise_level))
     check(isinstance(table, Table), f"a method must return a samplers.linear.Table, not {type(table).__name__}")
     correct = None if correct is None else functools.partial(correct, score_fn, sde)
-    return run(table, score_fn, sde, key_steps, x, times[-1], correct=correct, denoise=denoise, return_path=return_path)
+    centre = getattr(solver, "centre", None)
+    return run(table, score_fn, sde, key_steps, x, times[-1], centre=centre, correct=correct, denoise=denoise, return_path=return_path)

@@ -34,7 +34,9 @@ _POINTS = 9
 
 
 _TABLE = tuple(f.name for f in dataclasses.fields(Table) if f.name not in ("noise", "stages"))
-_ARRAYS = {*_TABLE, "times", "process"}
+_ARRAYS = {*_TABLE, "times", "process", "centre"}
+# What files of before may lack, and then is zero.
+_NEWER = {"first", "centre"}
 
 
 @pytree_dataclass
@@ -45,19 +47,26 @@ class LearnedSolver:
       table: its coefficients, one row an evaluation.
       times: of the states, `(nfe + 1,)`: t_max first, t_end last.
       process: log-SNR and log alpha at some times, by which another SDE is told.
+      centre: mean of the data, `event`: the table moves x - alpha centre.
       facts: what it was fitted to, as JSON.
     """
 
     table: Table
     times: Any
     process: Any
+    centre: Any
     facts: str = dataclasses.field(metadata={"static": True})
 
     def __call__(self, steps: Steps) -> Table:
         return self.table
 
-    def check(self, sde: SDE) -> None:
-        """Raises ValueError for another SDE than it was fitted to."""
+    def check(self, sde: SDE, event_shape: tuple[int, ...] | None = None) -> None:
+        """Raises ValueError for another SDE, or other events, than it was fitted to."""
+        fitted = np.shape(self.centre)
+        check(
+            event_shape is None or fitted in ((), event_shape),
+            f"this solver was fitted to events of shape {fitted}, not {event_shape}: fit_solver makes one for them",
+        )
         if not known(self.process, self.times, *jax.tree.leaves(sde)):
             return
         # Inside jax.jit an operation on constants is traced as well, unless it is asked not to be.
@@ -76,7 +85,8 @@ class LearnedSolver:
 
     def save(self, path: str | Path) -> Path:
         """Writes it as a small JSON file."""
-        arrays = {name: getattr(self.table, name) for name in _TABLE} | {"times": self.times, "process": self.process}
+        arrays = {name: getattr(self.table, name) for name in _TABLE}
+        arrays |= {"times": self.times, "process": self.process, "centre": self.centre}
         arrays = {k: np.asarray(v).tolist() for k, v in arrays.items() if v is not None}
         path = Path(path)
         path.write_text(json.dumps({"facts": json.loads(self.facts), **arrays}, indent=1) + "\n")
@@ -92,22 +102,24 @@ class LearnedSolver:
         try:
             check(Path(path).stat().st_size <= 2**25, "more than 32 MiB")
             plain = json.loads(Path(path).read_text())
-            needed = {"facts", *_ARRAYS} - {"first"}
-            check(isinstance(plain, dict) and plain.keys() - {"first"} == needed, f"it needs {', '.join(sorted(needed))}")
+            needed = {"facts", *_ARRAYS} - _NEWER
+            check(isinstance(plain, dict) and plain.keys() - _NEWER == needed, f"it needs {', '.join(sorted(needed))}")
             facts = plain.pop("facts")
             check(isinstance(facts, dict) and isinstance(facts.get("sde"), str), "its facts do not tell the SDE")
             arrays = {k: np.asarray(v, np.float64) for k, v in plain.items()}
             check(all((np.abs(v) < 3e38).all() for v in arrays.values()), "a number is not finite")
             n, width = len(arrays["times"]) - 1, arrays["history"].shape[-1]
-            shapes = {**dict.fromkeys(arrays, (n,)), "times": (n + 1,), "history": (n, width), "process": (2, _POINTS)}
+            arrays.setdefault("centre", np.zeros(()))
+            event = arrays["centre"].shape and tuple(facts["event_shape"])
+            shapes = {**dict.fromkeys(arrays, (n,)), "times": (n + 1,), "history": (n, width), "process": (2, _POINTS), "centre": event}
             fits = n >= 1 and 1 <= width <= n and all(v.shape == shapes[k] for k, v in arrays.items())
             check(fits and (np.diff(arrays["times"]) < 0).all(), "its arrays do not fit together")
         except (OSError, KeyError, TypeError, ValueError, IndexError, RecursionError, OverflowError) as error:
             reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
             raise ValueError(f"{path} is not a solver that LearnedSolver.save wrote ({reason}); fit and save it again") from None
         arrays = {k: jnp.asarray(v, float) for k, v in arrays.items()}
-        times, process = arrays.pop("times"), arrays.pop("process")
-        return cls(Table(**arrays), times, process, json.dumps(facts))
+        rest = {name: arrays.pop(name) for name in ("times", "process", "centre")}
+        return cls(Table(**arrays), **rest, facts=json.dumps(facts))
 
 
 def _process(sde):
@@ -133,8 +145,8 @@ def fit_solver(
 ) -> LearnedSolver:
     """Fits a solver of `nfe` evaluations to a score function: the smallest end-point error |x - x_fine|.
 
-    Times, factors of the state and of all evaluations so far (the last 6 where nfe > 10) are fitted by
-    Levenberg-Marquardt, from the default solver of 6 steps and more, against solutions of `adams_4` in `fine_steps` steps from
+    Times, and factors of the state and of all evaluations so far (the last 6 where nfe > 10), for x and x0_hat about the mean of the data, so
+    that no factor is spent on where the data lies, are fitted by Levenberg-Marquardt, from the default solver of 6 steps and more, against solutions of `adams_4` in `fine_steps` steps from
     `num_states` prior draws, of which the first updates look at some. The objective is the pseudo-Huber mean of the states' errors: a
     state that ends in another mode of the data is far off by chance, and would rule a mean square. A quarter of the states is
     held out: the best solver on these is returned, whose held-out error is a little optimistic for it, and fitting ends when
@@ -186,7 +198,8 @@ def fit_solver(
 
     family = _Family(sde, nfe, sigma_data, time_grid(sde, nfe, t_end=t_end, sigma_data=sigma_data))
     theta, unravel = ravel_pytree(family.start())
-    solve = functools.partial(_end, family, unravel, sde)
+    centre = target.mean(axis=(0, 1)) / sde.alpha(jnp.asarray(t_end, float))
+    solve = functools.partial(_end, family, unravel, sde, centre)
     squares, equations = jax.jit(functools.partial(_squares, solve)), jax.jit(functools.partial(_normal_equations, solve))
 
     def of_states(thetas, parts):
@@ -242,7 +255,7 @@ def fit_solver(
         "sde": repr(sde), "nfe": int(nfe), "t_end": float(t_end), "sigma_data": float(sigma_data), "event_shape": list(shape[1:]),
         "updates": updates, "ended_by": ended_by, "held_out_states": len(best), **_errors("", best), **_errors("_of_the_default", of_default),
     }  # fmt: skip
-    return LearnedSolver(table, times, _process(sde), json.dumps(facts))
+    return LearnedSolver(table, times, _process(sde), centre, json.dumps(facts))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -280,9 +293,9 @@ class _Family:
         return dataclasses.replace(table, state=table.state * (1 + parameters["state"]), history=history), times
 
 
-def _end(family, unravel, sde, score_fn, theta, x):
+def _end(family, unravel, sde, centre, score_fn, theta, x):
     table, times = family.build(unravel(theta))
-    return run(table, score_fn, sde, jax.random.key(0), x, times[-1], denoise=False)
+    return run(table, score_fn, sde, jax.random.key(0), x, times[-1], centre=centre, denoise=False)
 
 
 def _of_each(x, target):
