@@ -145,11 +145,11 @@ class _Static:
         return getattr(self.fn, name)
 
 
-def zero_terminal_snr(sde: SDE) -> bool:
-    """Whether alpha(t_max) = 0, or too small for a number of float's precision; False where the SDE's fields are traced."""
+def zero_terminal_snr(sde: SDE, t=None) -> bool:
+    """Whether alpha(t) = 0, t_max by default, or too small for a number of float's precision; False where t or the SDE's fields are traced."""
     # Inside jax.jit an operation on constants is traced as well, unless it is asked not to be.
     with jax.ensure_compile_time_eval():
-        t = jnp.asarray(sde.t_max, float)
+        t = jnp.asarray(sde.t_max if t is None else t, float)
         # The log-SNR first: where it is traced, alpha is not asked for.
         return not isinstance(sde.log_snr(t), jax.core.Tracer) and bool(sde.alpha(t) == 0)
 

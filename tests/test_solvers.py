@@ -1,6 +1,7 @@
 """Solvers against closed forms: orders, noise levels, adaptive and fitted ones, and the published errors of others."""
 
 import dataclasses
+import functools
 import json
 import os
 from pathlib import Path
@@ -129,6 +130,49 @@ def test_the_default_s_rule_is_exact_for_any_mean(name, num_steps, monkeypatch):
         )
         # float32; at zero SNR the steps start from alpha = e^-10.
         np.testing.assert_allclose(x, (b * mean)[None] + (init - (a * mean)[None]) * end / start, rtol=2e-4, atol=4e-3 * end)
+
+
+@pytest.mark.parametrize(("name", "most"), [("vp", 1e-2), ("ve", 2e-3)])
+def test_the_default_on_a_mean_far_from_zero(name, most):
+    """N(m, s^2 I) with m = 6 s in 8 steps, with the trust that the first evaluation has; errors in units of s."""
+    sde, mean, shape = SDES[name], np.array([3.0, -0.9]), (64, 2)
+    score_fn = sd.GaussianMixture.gaussian(mean, 0.25 * np.eye(2)).score_fn(sde)
+    init = sde.prior_sample(jax.random.key(0), shape)
+    (a, start), (b, end) = ((sde.alpha(t), jnp.hypot(0.5 * sde.alpha(t), sde.sigma(t))) for t in (sde.t_max, sde.t_min))
+    x = sd.sample_ode(score_fn, sde, jax.random.key(0), shape, init=init, num_steps=8, denoise=False)
+    assert np.abs(x - (b * mean)[None] - (init - (a * mean)[None]) * end / start).max() < most * 0.5
+
+
+def test_few_steps_from_zero_snr_use_the_first_evaluation():
+    """Nothing is damped where no network predicts eps: off-centre data in 5 steps from zero SNR, against DDIM, which is exact for points."""
+    oracle, shape = mixture(), (256, 2)
+    oracle.means += np.float32(6.0)
+    init, score_fn = ZERO_SNR.prior_sample(jax.random.key(0), shape), oracle.score_fn(ZERO_SNR)
+    draw = functools.partial(sd.sample_ode, score_fn, ZERO_SNR, jax.random.key(0), shape, init=init, denoise=False)
+    exact = draw(method="adams_4", num_steps=200)
+    adams, ddim = (float(jnp.sqrt(jnp.mean((draw(method=m, num_steps=5) - exact) ** 2))) for m in ("adams", "ddim"))
+    assert adams < 0.5 * ddim
+
+
+@pytest.mark.parametrize("sde", [sd.VP(beta_max=400.0), sd.LinearLogSNR(log_snr_min=-180.0)], ids=["vp", "linear"])
+@pytest.mark.parametrize("method", ["adams", "adams_4", "rk4"])
+def test_an_snr_below_float32_is_zero(sde, method):
+    score_fn = sd.GaussianMixture.gaussian(np.full(2, 1.5), 0.25 * np.eye(2)).score_fn(sde)
+    x = sd.sample_ode(score_fn, sde, jax.random.key(0), (1024, 2), method=method, num_steps=8)
+    # Their own errors are below 0.03; 2,048 draws know the mean to 0.5 / sqrt(2048) = 0.011.
+    assert abs(float(x.mean()) - 1.5) < 0.03 + 4 * 0.011
+
+
+def test_zero_terminal_snr_does_not_matter_from_a_middle_time():
+    grid, init = jnp.array([0.5, 0.3, 0.001]), jnp.ones((3, 2))
+    for options in ({}, {"method": "deis_2"}):
+        x = sd.sample_ode(lambda x, t: -x, ZERO_SNR, jax.random.key(0), (3, 2), init=init, grid=grid, denoise=False, **options)
+        assert np.isfinite(x).all()
+
+
+def test_a_grid_that_repeats_times_is_refused():
+    with pytest.raises(ValueError, match="'tapered' of 1000 steps repeats times of CosineVP in float32: take fewer"):
+        sd.time_grid(ZERO_SNR, 1000, sigma_data=500.0)
 
 
 @pytest.mark.parametrize("num_steps", [3, 8])
@@ -386,6 +430,9 @@ def test_a_fitted_solver_spends_what_it_says(fitted):
 def test_saving_and_refusing(fitted, tmp_path):
     sde, oracle, solver = fitted
     again = sd.LearnedSolver.load(solver.save(tmp_path / "solver.json"))
+    for a, b in zip(jax.tree.leaves(again), jax.tree.leaves(solver), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert (tmp_path / "solver.json").stat().st_size < 3000
     key = jax.random.key(1)
     draw = lambda s: sd.sample_ode(oracle.score_fn(sde), sde, key, (4, 2), method=s)  # noqa: E731
     np.testing.assert_allclose(draw(again), draw(solver), rtol=1e-5, atol=1e-6)

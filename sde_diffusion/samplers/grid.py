@@ -20,19 +20,19 @@ def _quadratic(sde, t0, t1, u, s):
     return (jnp.sqrt(t0) + (jnp.sqrt(t1) - jnp.sqrt(t0)) * u) ** 2
 
 
-def _ends(sde, t0, t1, s=1.0):
+def _ends(sde, t0, t1, s):
     """The log-SNRs between which a grid lies: from `lowest_log_snr` at the least, but from below where it stops."""
     first, last = sde.log_snr(t0), sde.log_snr(t1)
     return jnp.maximum(first, jnp.minimum(lowest_log_snr(s), last - 1)), last
 
 
 def _log_snr(sde, t0, t1, u, s):
-    first, last = _ends(sde, t0, t1)
+    first, last = _ends(sde, t0, t1, s)
     return sde.time(first + (last - first) * u)
 
 
 def _edm(sde, t0, t1, u, s, rho=7.0):
-    first, last = (jnp.exp(-log_snr / (2 * rho)) for log_snr in _ends(sde, t0, t1))
+    first, last = (jnp.exp(-log_snr / (2 * rho)) for log_snr in _ends(sde, t0, t1, s))
     return sde.time(-2 * rho * jnp.log(first + (last - first) * u))
 
 
@@ -74,11 +74,13 @@ def time_grid(
     the default: the same, but the first step covers 0.9 of the others' share of these quantiles, the last of N > 6 steps 1/2 + 3/N; for
     multistep methods.
     "edm": uniform in (sigma / alpha)^(1/7) (arXiv:2206.00364 eq. 5); "log_snr": uniform in lambda (arXiv:2206.00927 section 3.2); "uniform" in t;
-    "quadratic": uniform in sqrt(t) (arXiv:2010.02502 appendix D.2).
-    sigma_data: the standard deviation of the data, for "student" and "tapered".
+    "quadratic": uniform in sqrt(t) (arXiv:2010.02502 appendix D.2). Those that go by the SNR begin at a lambda of -20 at the lowest (less
+    2 log sigma_data where that is above 1), where nothing is left of the data; t_max takes the place of that time.
+    sigma_data: the standard deviation of the data.
 
     Raises:
-      ValueError: unknown kind, num_steps < 1, sigma_data not positive, or t_end outside [t_train, t_max).
+      ValueError: unknown kind, num_steps < 1, sigma_data not positive, t_end outside [t_train, t_max), or times so close that they
+        are equal.
     """
     fn = lookup(GRIDS, kind, "grid")
     check(
@@ -86,7 +88,12 @@ def time_grid(
         f"num_steps={num_steps} must be an integer of at least 1; 20 to 50 is usual for an ODE sampler",
     )
     check_sigma_data(sigma_data)
-    return _fill(fn, sde, check_t_end(sde, t_end), sigma_data, num_steps)
+    times = _fill(fn, sde, check_t_end(sde, t_end), sigma_data, num_steps)
+    check(
+        (times[1:] < times[:-1]).all(),
+        f"grid {kind!r} of {num_steps} steps repeats times of {type(sde).__name__} in {times.dtype}: take fewer steps, or pass an array",
+    )
+    return times
 
 
 @functools.partial(jax.jit, static_argnames=("fn", "num_steps"))
@@ -98,7 +105,11 @@ def _fill(fn, sde, t_end, sigma_data, num_steps):
 
 
 def check_sigma_data(sigma_data) -> None:
-    check((sigma_data > 0) & (sigma_data < np.inf), f"sigma_data={sigma_data} must be positive and finite: the standard deviation of the data")
+    number = np.ndim(sigma_data) == 0 and not isinstance(sigma_data, (str, bool))
+    check(
+        number and (sigma_data > 0) & (sigma_data < np.inf),
+        f"sigma_data={sigma_data!r} must be one number, positive and finite: the standard deviation of the data",
+    )
 
 
 def check_t_end(sde: SDE, t_end):
@@ -126,7 +137,7 @@ def resolve_grid(
         return time_grid(sde, num_steps, grid, t_end, sigma_data)
     times = grid if isinstance(grid, jax.core.Tracer) else np.asarray(grid)
     check(
-        times.ndim == 1 and times.shape[0] >= 2 and jnp.issubdtype(times.dtype, np.number),
+        times.ndim == 1 and times.shape[0] >= 2 and jnp.issubdtype(times.dtype, np.number) and not jnp.issubdtype(times.dtype, np.complexfloating),
         f"grid has shape {times.shape} of {times.dtype}; pass a 1-D array of at least 2 decreasing times, or one of {sorted(GRIDS)}",
     )
     if t_end is not None:

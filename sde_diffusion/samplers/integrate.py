@@ -22,26 +22,30 @@ def integrate(
     if sigma_data is None:
         sigma_data = getattr(score_fn, "sigma_data", 0.5)
     check_sigma_data(sigma_data)
-    shape, init = check_state(score_fn, sde, key, shape, init)
     if hasattr(solver, "times"):
-        solver.check(sde, shape[1:])
+        solver.check(sde)
         if not (num_steps is None and grid is None and t_end is None):
-            raise ValueError("a fitted solver has its own times: drop num_steps, grid and t_end, or fit another")
+            raise ValueError("a fitted solver has its own times: leave num_steps, grid and t_end at None, or fit another")
         grid = solver.times
     if grid is None:
         grid = getattr(solver, "grid", "student")
     times = resolve_grid(sde, grid, 18 if num_steps is None else num_steps, t_end, sigma_data, from_prior=init is None)
+    # A prior draw belongs to t_max; so may a state, where its time is not known.
+    t_start = None if init is None or isinstance(times, jax.core.Tracer) else times[0]
+    shape, init = check_state(score_fn, sde, key, shape, init, t_start)
     if isinstance(solver, Solver):
-        check_start(solver, method, sde, len(times) - 1)
+        check_start(solver, method, sde, len(times) - 1, t_start)
         noise_level = noise_level if solver.stochastic else None
+    if hasattr(solver, "times"):
+        solver.check_event(shape[1:])
     return _run(
         as_pytree(solver), as_pytree(score_fn), sde, key, times, init, sigma_data, noise_level,
         None if correct is None else as_pytree(correct), shape=shape, denoise=denoise, return_path=return_path,
     )  # fmt: skip
 
 
-def check_state(score_fn, sde: SDE, key, shape, init):
-    """(shape, init) as a tuple and an array of float32 or wider, or a ValueError: what every sampler asks of its start."""
+def check_state(score_fn, sde: SDE, key, shape, init, t_start=None):
+    """(shape, init) as a tuple and an array of float32 or wider, or a ValueError: what every sampler asks of its start, t_max by default."""
     if isinstance(shape, int) or len(shape) < 2 or min(shape) < 1:
         raise ValueError(f"shape={shape} must be (batch, *event) with at least one event axis, all positive")
     shape, init = tuple(shape), None if init is None else jnp.asarray(init)
@@ -52,7 +56,7 @@ def check_state(score_fn, sde: SDE, key, shape, init):
             raise ValueError(f"init has dtype {init.dtype}; pass floats, of the scale of the prior")
         # The state keeps float32 or wider, whatever the network computes in.
         init = init.astype(jnp.promote_types(init.dtype, jnp.float32))
-    if zero_terminal_snr(sde) and not hasattr(score_fn, "predict"):
+    if zero_terminal_snr(sde, t_start) and not hasattr(score_fn, "predict"):
         raise ValueError(
             f"a bare score function leaves x0 undefined at zero terminal SNR (alpha({sde.t_max}) = 0): use as_score with "
             "prediction='v' or 'x0', or an SDE with a smaller t_max"
@@ -62,14 +66,14 @@ def check_state(score_fn, sde: SDE, key, shape, init):
     return shape, init
 
 
-def check_start(solver: Solver, name: str, sde: SDE, num_steps: int) -> None:
-    """Raises ValueError for too few steps, and for a solver that cannot start where alpha = 0."""
+def check_start(solver: Solver, name: str, sde: SDE, num_steps: int, t_start=None) -> None:
+    """Raises ValueError for too few steps, and for a solver that cannot start where alpha = 0 (at t_max by default)."""
     check(
         num_steps >= solver.min_steps,
         f"{name!r} needs at least {solver.min_steps} steps, got {num_steps}: take more, or method='adams', whose "
         "order follows their number",
     )
-    if not solver.zero_snr and zero_terminal_snr(sde):
+    if not solver.zero_snr and zero_terminal_snr(sde, t_start):
         raise ValueError(
             f"{name!r} needs alpha > 0, but alpha({sde.t_max}) = 0 in {sde} (zero terminal SNR); use 'adams', 'ddim' or "
             "'ancestral'"

@@ -47,26 +47,26 @@ class LearnedSolver:
       table: its coefficients, one row an evaluation.
       times: of the states, `(nfe + 1,)`: t_max first, t_end last.
       process: log-SNR and log alpha at some times, by which another SDE is told.
-      centre: mean of the data, `event`: the table moves x - alpha centre.
       facts: what it was fitted to, as JSON.
+      centre: mean of the data, `event`: the table moves x - alpha centre. Zero for any event.
     """
 
     table: Table
     times: Any
     process: Any
-    centre: Any
     facts: str = dataclasses.field(metadata={"static": True})
+    centre: Any = 0.0
 
     def __call__(self, steps: Steps) -> Table:
         return self.table
 
-    def check(self, sde: SDE, event_shape: tuple[int, ...] | None = None) -> None:
-        """Raises ValueError for another SDE, or other events, than it was fitted to."""
+    def check_event(self, shape: tuple[int, ...]) -> None:
+        """Raises ValueError for events of another shape than it was fitted to."""
         fitted = np.shape(self.centre)
-        check(
-            event_shape is None or fitted in ((), event_shape),
-            f"this solver was fitted to events of shape {fitted}, not {event_shape}: fit_solver makes one for them",
-        )
+        check(fitted in ((), shape), f"this solver was fitted to events of shape {fitted}, not {shape}: fit_solver makes one for them")
+
+    def check(self, sde: SDE) -> None:
+        """Raises ValueError for another SDE than it was fitted to."""
         if not known(self.process, self.times, *jax.tree.leaves(sde)):
             return
         # Inside jax.jit an operation on constants is traced as well, unless it is asked not to be.
@@ -87,9 +87,11 @@ class LearnedSolver:
         """Writes it as a small JSON file."""
         arrays = {name: getattr(self.table, name) for name in _TABLE}
         arrays |= {"times": self.times, "process": self.process, "centre": self.centre}
-        arrays = {k: np.asarray(v).tolist() for k, v in arrays.items() if v is not None}
+        # The fewest digits that are this float.
+        arrays = {k: np.vectorize(lambda a: float(str(a)))(np.asarray(v)).tolist() for k, v in arrays.items() if v is not None}
         path = Path(path)
-        path.write_text(json.dumps({"facts": json.loads(self.facts), **arrays}, indent=1) + "\n")
+        lines = (f'"{k}": {json.dumps(v)}' for k, v in {"facts": json.loads(self.facts), **arrays}.items())
+        path.write_text("{" + ",\n ".join(lines) + "}\n")
         return path
 
     @classmethod
@@ -100,7 +102,7 @@ class LearnedSolver:
           ValueError: not such a file, or arrays that do not fit together.
         """
         try:
-            check(Path(path).stat().st_size <= 2**25, "more than 32 MiB")
+            check(Path(path).stat().st_size <= 2**28, "more than 256 MiB")
             plain = json.loads(Path(path).read_text())
             needed = {"facts", *_ARRAYS} - _NEWER
             check(isinstance(plain, dict) and plain.keys() - _NEWER == needed, f"it needs {', '.join(sorted(needed))}")
@@ -146,7 +148,7 @@ def fit_solver(
     """Fits a solver of `nfe` evaluations to a score function: the smallest end-point error |x - x_fine|.
 
     Times, and factors of the state and of all evaluations so far (the last 6 where nfe > 10), for x and x0_hat about the mean of the data, so
-    that no factor is spent on where the data lies, are fitted by Levenberg-Marquardt, from the default solver of 6 steps and more, against solutions of `adams_4` in `fine_steps` steps from
+    that no factor is spent on where the data lies, are fitted by Levenberg-Marquardt, from the default solver of 6 steps and more about that mean, against solutions of `adams_4` in `fine_steps` steps from
     `num_states` prior draws, of which the first updates look at some. The objective is the pseudo-Huber mean of the states' errors: a
     state that ends in another mode of the data is far off by chance, and would rule a mean square. A quarter of the states is
     held out: the best solver on these is returned, whose held-out error is a little optimistic for it, and fitting ends when
@@ -176,7 +178,7 @@ def fit_solver(
     from tqdm import tqdm
 
     check(isinstance(nfe, (int, np.integer)) and nfe >= 2, f"nfe={nfe} must be an integer of at least 2; 5 to 20 is usual")
-    check(num_states >= 16, f"num_states={num_states} must be at least 16; 4096 is usual")
+    check(isinstance(num_states, (int, np.integer)) and num_states >= 16, f"num_states={num_states} must be an integer of at least 16; 4096 is usual")
     check(fine_steps > nfe, f"fine_steps={fine_steps} must be more than nfe={nfe}; 100 is usual")
     check_process(score_fn, sde)
     shape, _ = check_state(score_fn, sde, key, shape, None)
@@ -198,7 +200,7 @@ def fit_solver(
 
     family = _Family(sde, nfe, sigma_data, time_grid(sde, nfe, t_end=t_end, sigma_data=sigma_data))
     theta, unravel = ravel_pytree(family.start())
-    centre = target.mean(axis=(0, 1)) / sde.alpha(jnp.asarray(t_end, float))
+    centre = data[1].mean(axis=(0, 1)) / sde.alpha(jnp.asarray(t_end, float))
     solve = functools.partial(_end, family, unravel, sde, centre)
     squares, equations = jax.jit(functools.partial(_squares, solve)), jax.jit(functools.partial(_normal_equations, solve))
 
@@ -255,12 +257,12 @@ def fit_solver(
         "sde": repr(sde), "nfe": int(nfe), "t_end": float(t_end), "sigma_data": float(sigma_data), "event_shape": list(shape[1:]),
         "updates": updates, "ended_by": ended_by, "held_out_states": len(best), **_errors("", best), **_errors("_of_the_default", of_default),
     }  # fmt: skip
-    return LearnedSolver(table, times, _process(sde), centre, json.dumps(facts))
+    return LearnedSolver(table, times, _process(sde), json.dumps(facts), centre)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Family:
-    """The default solver of 6 steps and more at free times, plus free factors, in the scale of the state's marginal."""
+    """The default solver of 6 steps and more at free times, plus free factors, in the scale of the state's marginal; for x less alpha centre."""
 
     sde: SDE
     nfe: int

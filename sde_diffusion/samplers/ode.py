@@ -42,7 +42,8 @@ def adams(steps: Steps) -> Table:
     and high orders amplify that. The last three steps are of orders 2 and 1: they are long beside the finest structure of the data, and the
     network's own error outweighs what higher orders gain. Order 2 is that of the last step, which is not corrected.
     Below 6 steps each ends midway between that rule's and one of unipc_3 with x0 damped at the start (`linear.damped_data_space`): the
-    former is exact for N(m, s^2 I), the latter for points, and where data is in between, their errors oppose.
+    former is exact for N(0, s^2 I), the latter nearly so for points, and where data is in between, their errors oppose. Up to 3 steps it is for data
+    about zero; ddim is ahead of it where the mean is many standard deviations away.
     """
     if steps.num < 6:
         return mean(between_orders(steps), _unipc(steps, 3, damped_data_space(steps)))
@@ -66,8 +67,8 @@ def adams_4(steps: Steps) -> Table:
     """Multistep predictor and corrector for w over the angle arctan(sigma / (alpha s)): for many steps and small errors.
 
     Adams-Bashforth of order 4 predicts a step, Adams-Moulton of order 5 redoes it once its end has been evaluated for the
-    next (PEC). Orders rise from 1 at the start; the last step is not corrected. What a mean of the data explains is integrated exactly
-    (`linear.centred`). Needs the data's standard deviation s, roughly.
+    next (PEC). Orders rise from 1 at the start; the last step is not corrected. What a mean of the data explains is integrated exactly, as far as the
+    first evaluation is trusted (`linear.centred`). Needs the data's standard deviation s, roughly.
     """
     return _adams(steps, orders(steps.num, 4))
 

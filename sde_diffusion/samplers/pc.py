@@ -77,7 +77,7 @@ def sample_pc(
 
     Args:
       score_fn, key, shape, grid, t_end, init, denoise, return_path, sigma_data: as in `sample_sde`.
-      predictor: any method of `sample_sde` or `sample_ode`.
+      predictor: any method of `sample_sde` or `sample_ode`; a solver of `fit_solver` goes with num_steps=None and grid=None.
       corrector: "langevin" = "annealed_langevin" (step 2 (snr sigma)^2), "langevin_norm" (the published rule with
         batch-mean norms, which couples the samples of a batch), or None.
       snr: signal-to-noise ratio r of a Langevin step. The stationary variance is off by a factor of about 1 + snr^2.
