@@ -20,7 +20,7 @@ from sde_diffusion.prediction import as_score, lookup
 from sde_diffusion.samplers import LearnedSolver, sample_ode, sample_pc, sample_sde
 from sde_diffusion.samplers import ode, pc, sde as reverse
 from sde_diffusion.samplers.grid import GRIDS, check_t_end
-from sde_diffusion.samplers.integrate import check_start
+from sde_diffusion.samplers.integrate import check_start, find
 from sde_diffusion.schedules import BetweenEnds, LinearLogSNR, MonotoneLogSNR
 from sde_diffusion.sde import SDE, VE, VP, CosineVP, SubVP, check, check_log_snr, shown
 from sde_diffusion.weights import LOG_SNR_WEIGHTS, TIME_WEIGHTS
@@ -140,7 +140,7 @@ def experiment(**sections) -> ConfigDict:
     for section, table in (("sde", SDES), ("model", models.MODELS)):
         given = sections.get(section, {})
         name = given.get("name", full[section]["name"]) if isinstance(given, dict) else full[section]["name"]
-        full[section] = {"name": name, **_options(lookup(table, name, section))}
+        full[section] = {"name": name, **_options(lookup(table, name, f"{section}.name"))}
     for section, values in sections.items():
         check(section in full, f"unknown config section {shown(section)}; choose one of {', '.join(full)}")
         if not isinstance(full[section], dict):
@@ -276,7 +276,7 @@ def validate(config: ConfigDict) -> None:
         except ValueError as error:
             raise ValueError(f"sample.method: {error}") from None
     else:
-        solver = lookup(methods, method, f"sample.method of the {config.sample.sampler} sampler")
+        solver = find(methods, method, f"sample.method of the {config.sample.sampler} sampler:")
         check_start(solver, method, sde, config.sample.num_steps)
     for key, seed in (("seed", config.seed), ("sample.seed", config.sample.seed), ("eval.seed", config.eval.seed)):
         check(isinstance(seed, int) and 0 <= seed < 2**63, f"{key}={seed!r} must be an integer from 0 to 2^63 - 1")
@@ -347,7 +347,7 @@ def learned_leaves(sde: SDE) -> dict[str, Any]:
 
 def build_sde(config: ConfigDict, params=None) -> SDE:
     """The SDE of the config, with the schedule of the parameters where that is learned."""
-    sde = _construct(lookup(SDES, config.sde.name, "sde"), config.sde, "sde")
+    sde = _construct(lookup(SDES, config.sde.name, "sde.name"), config.sde, "sde")
     return dataclasses.replace(sde, **params.schedule) if isinstance(params, Learned) else sde
 
 

@@ -85,7 +85,7 @@ def time_grid(
     fn = lookup(GRIDS, kind, "grid")
     check(
         isinstance(num_steps, (int, np.integer)) and not isinstance(num_steps, bool) and num_steps >= 1,
-        f"num_steps={num_steps} must be an integer of at least 1; 20 to 50 is usual for an ODE sampler",
+        f"num_steps={num_steps!r} must be an integer of at least 1; 20 to 50 is usual for an ODE sampler",
     )
     check_sigma_data(sigma_data)
     times = _fill(fn, sde, check_t_end(sde, t_end), sigma_data, num_steps)
@@ -143,6 +143,7 @@ def resolve_grid(
     if t_end is not None:
         raise ValueError(f"t_end={t_end} and a grid array were both given; the grid's last time is t_end: pass one")
     if known(times, sde.t_train, sde.t_max):
+        check(bool(np.isfinite(times).all()), "grid holds NaN or infinity; all its times must be numbers")
         check(
             bool((np.diff(times.astype(jnp.result_type(float))) < 0).all()),
             "grid must be strictly decreasing from the prior's time to the data's; reverse it, or drop times that are "
@@ -152,7 +153,7 @@ def resolve_grid(
         check(
             times[0] <= sde.t_max * (1 + 1e-6) and times[-1] >= sde.t_train * (1 - 1e-6),
             f"grid runs from {times[0]:g} to {times[-1]:g}, outside the range [{sde.t_train}, {sde.t_max}] of "
-            f"{type(sde).__name__}",
+            f"{type(sde).__name__}; t_min={sde.t_min} is the usual end",
         )
         check(
             not from_prior or times[0] >= sde.t_max * (1 - 1e-6),

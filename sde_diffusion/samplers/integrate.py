@@ -17,7 +17,7 @@ def integrate(
     sigma_data, noise_level=None, correct=None, kind="method",
 ) -> Any:  # fmt: skip
     """Carries a prior draw, or `init`, along the grid with a solver and, after each step, `correct(score_fn, sde, key, x, t)`."""
-    solver = method if callable(method) else lookup(methods, method, kind)
+    solver = method if callable(method) else find(methods, method, kind)
     check_process(score_fn, sde)
     if sigma_data is None:
         sigma_data = getattr(score_fn, "sigma_data", 0.5)
@@ -42,6 +42,19 @@ def integrate(
         as_pytree(solver), as_pytree(score_fn), sde, key, times, init, sigma_data, noise_level,
         None if correct is None else as_pytree(correct), shape=shape, denoise=denoise, return_path=return_path,
     )  # fmt: skip
+
+
+def find(methods: dict[str, Solver], method, kind: str) -> Solver:
+    """The solver of this name, or a ValueError that lists the known ones, or tells where the name belongs."""
+    from sde_diffusion.samplers import ode
+    from sde_diffusion.samplers import sde as reverse
+
+    if isinstance(method, str) and method not in methods:
+        for sampler, others in (("ode", ode.METHODS), ("sde", reverse.METHODS)):
+            check(method not in others, f"{kind} {method!r} is one of sample_{sampler} (of sample.sampler={sampler!r} in a config): use that, or choose "
+                  f"one of {', '.join(sorted(methods))}")  # fmt: skip
+        check(not method.endswith(".json"), f"{kind} {method!r} is a file: pass sd.LearnedSolver.load({method!r}) to sample_ode")
+    return lookup(methods, method, kind)
 
 
 def check_state(score_fn, sde: SDE, key, shape, init, t_start=None):
@@ -70,8 +83,8 @@ def check_start(solver: Solver, name: str, sde: SDE, num_steps: int, t_start=Non
     """Raises ValueError for too few steps, and for a solver that cannot start where alpha = 0 (at t_max by default)."""
     check(
         num_steps >= solver.min_steps,
-        f"{name!r} needs at least {solver.min_steps} steps, got {num_steps}: take more, or method='adams', whose "
-        "order follows their number",
+        f"{name!r} needs at least {solver.min_steps} steps, got {num_steps}: take more, or {'ancestral' if solver.stochastic else 'adams'!r}, "
+        "which goes with any number of them",
     )
     if not solver.zero_snr and zero_terminal_snr(sde, t_start):
         raise ValueError(

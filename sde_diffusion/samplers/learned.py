@@ -47,7 +47,7 @@ class LearnedSolver:
       table: its coefficients, one row an evaluation.
       times: of the states, `(nfe + 1,)`: t_max first, t_end last.
       process: log-SNR and log alpha at some times, by which another SDE is told.
-      facts: what it was fitted to, as JSON.
+      facts: what it was fitted to, and how well, as a JSON string: `json.loads(solver.facts)`.
       centre: mean of the data, `event`: the table moves x - alpha centre. Zero for any event.
     """
 
@@ -218,7 +218,7 @@ def fit_solver(
     some = [a[: -(-len(data[0]) // 4)] for a in data]
     here, moved = of_states(theta[None], some)[0], True
     updates, ended_by = 0, "max_updates"
-    with tqdm(total=max_updates, desc=f"fit nfe={nfe}", disable=not progress) as bar:
+    with tqdm(total=max_updates, desc=f"fit nfe={nfe}, at most {seconds:g} s", disable=not progress) as bar:
         for updates, key_probes in enumerate(jax.random.split(jax.random.fold_in(key, 1), max_updates), 1):
             if moved:
                 limit = max(_LIMIT * np.median(here), 1e-30)
