@@ -21,12 +21,14 @@ from jaxtyping import PRNGKeyArray
 from sde_diffusion.prediction import as_pytree, check_process
 from sde_diffusion.samplers.grid import check_t_end, time_grid
 from sde_diffusion.samplers.integrate import check_state
-from sde_diffusion.samplers.linear import Steps, Table, run
+from sde_diffusion.samplers.linear import Steps, Table, advance, begin, moved, run
 from sde_diffusion.samplers.ode import between_orders, sample_ode
 from sde_diffusion.sde import SDE, check, known, pytree_dataclass
 
 # Random directions of each end point in which its derivatives are taken.
 _PROBES = 2
+# States that the first updates look at, in whole batches.
+_FIRST = 32
 # Errors of the states count by their squares up to about this many times the median square, and by their size beyond.
 _LIMIT = 10
 # Times at which the log-SNR tells one SDE from another.
@@ -194,6 +196,8 @@ def fit_solver(
         sigma_data=sigma_data,
     )  # fmt: skip
     target = jnp.stack([fine(init=part) for part in tqdm(x, desc="fine solutions", disable=not progress)])
+    # Where the network is: other devices, or the same ones by another name, would mean to compile all once more.
+    x = jax.device_put(x, target.sharding)
     check(bool(jnp.isfinite(target).all()), "the fine solutions are not finite: score_fn gives NaN or infinity at some state and time")
     num_held = max(1, num_batches // 4)
     held_out, data = (x[:num_held], target[:num_held]), (x[num_held:], target[num_held:])
@@ -201,52 +205,55 @@ def fit_solver(
     family = _Family(sde, nfe, sigma_data, time_grid(sde, nfe, t_end=t_end, sigma_data=sigma_data))
     theta, unravel = ravel_pytree(family.start())
     centre = data[1].mean(axis=(0, 1)) / sde.alpha(jnp.asarray(t_end, float))
-    solve = functools.partial(_end, family, unravel, sde, centre)
-    squares, equations = jax.jit(functools.partial(_squares, solve)), jax.jit(functools.partial(_normal_equations, solve))
+    build = jax.jit(lambda theta: family.build(unravel(theta)))
+    jacobian = jax.jit(jax.jacrev(lambda theta: _numbers(build(theta)[0], 1)))
 
-    def of_states(thetas, parts):
-        return np.concatenate([np.asarray(squares(score_fn, thetas, *part), np.float64) for part in zip(*parts)], axis=1)
+    def of_states(theta, parts):
+        return np.concatenate([np.asarray(_squares(*build(theta), score_fn, sde, centre, *part), np.float64) for part in zip(*parts)])
+
+    def equations(theta, limit, parts, key):
+        numbers = *build(theta), jacobian(theta), limit, score_fn, sde, centre
+        totals = [_normal_equations(*numbers, *part) for part in zip(*parts, jax.random.split(key, len(parts[0])))]
+        return (sum(np.asarray(a, np.float64) for a in each) for each in zip(*totals))
 
     default = functools.partial(
         sample_ode, score_fn, sde, key, shape, num_steps=nfe, t_end=t_end, denoise=False, sigma_data=sigma_data
     )
     of_default = np.concatenate([_of_each(default(init=x), target) for x, target in zip(*held_out)])
-    held = best = of_states(theta[None], held_out)[0]
+    held = best = of_states(theta, held_out)
     best_theta = theta
     damping, idle, began = 1e-3, 0, time.monotonic()
-    # The first updates are rough: they look at a quarter of the states, and later ones at twice as many wherever the gain ends.
-    some = [a[: -(-len(data[0]) // 4)] for a in data]
-    here, moved = of_states(theta[None], some)[0], True
+    # The first updates are rough: they look at a batch or a few, and later ones at twice as many wherever the gain ends.
+    some = [a[: -(-_FIRST // shape[0])] for a in data]
+    here, better = of_states(theta, some), True
     updates, ended_by = 0, "max_updates"
     with tqdm(total=max_updates, desc=f"fit nfe={nfe}, at most {seconds:g} s", disable=not progress) as bar:
         for updates, key_probes in enumerate(jax.random.split(jax.random.fold_in(key, 1), max_updates), 1):
-            if moved:
+            if better:
                 limit = max(_LIMIT * np.median(here), 1e-30)
-                keys = jax.random.split(key_probes, (len(some[0]), shape[0]))
-                totals = [equations(score_fn, theta, limit, *part) for part in zip(*some, keys)]
-                gradient, matrix = (sum(np.asarray(a, np.float64) for a in each) for each in zip(*totals))
+                gradient, matrix = equations(theta, limit, some, key_probes)
                 check(bool(np.isfinite(matrix).all()), "the derivatives of score_fn are not finite at some state and time: a fit needs them")
             # Several dampings at once; the errors choose among them.
             dampings = damping * np.array([0.03, 0.3, 3.0, 30.0])
             scale = np.diag(np.diag(matrix) + 1e-9 * np.trace(matrix))
-            moves = np.stack([np.linalg.solve(matrix + d * scale, -gradient) for d in dampings])
-            candidates = theta[None] + jnp.asarray(moves, theta.dtype)
-            there = np.nan_to_num(of_states(candidates, some), nan=np.inf)
+            moves = [np.linalg.solve(matrix + d * scale, -gradient) for d in dampings]
+            candidates = [theta + jnp.asarray(move, theta.dtype) for move in moves]
+            there = np.nan_to_num(np.stack([of_states(each, some) for each in candidates]), nan=np.inf)
             values = _pseudo_huber(there, limit)
             winner = int(values.argmin())
-            moved = bool(values[winner] < _pseudo_huber(here, limit))
-            if moved:
+            better = bool(values[winner] < _pseudo_huber(here, limit))
+            if better:
                 theta, damping, here = candidates[winner], dampings[winner], there[winner]
-                held = of_states(theta[None], held_out)[0]
+                held = of_states(theta, held_out)
             else:
                 damping = 100 * damping
             gain = _pseudo_huber(held, limit) / _pseudo_huber(best, limit)
             idle = 0 if gain < 0.98 else idle + 1
             if gain < 1:
                 best, best_theta = held, theta
-            if gain > 0.94 and len(some[0]) < len(data[0]) and (moved or idle >= 3):
+            if gain > 0.94 and len(some[0]) < len(data[0]) and (better or idle >= 3):
                 some, idle, damping = [a[: 2 * len(some[0])] for a in data], 0, 1e-3
-                here, moved = of_states(theta[None], some)[0], True
+                here, better = of_states(theta, some), True
             bar.update()
             bar.set_postfix_str(f"held-out error {np.sqrt(np.median(best) / np.median(of_default)):.3f} of the default's")
             if idle >= 12 or time.monotonic() - began > seconds:
@@ -295,11 +302,6 @@ class _Family:
         return dataclasses.replace(table, state=table.state * (1 + parameters["state"]), history=history), times
 
 
-def _end(family, unravel, sde, centre, score_fn, theta, x):
-    table, times = family.build(unravel(theta))
-    return run(table, score_fn, sde, jax.random.key(0), x, times[-1], centre=centre, denoise=False)
-
-
 def _of_each(x, target):
     """The mean squared error of each state of a batch, `(B,)`."""
     return jnp.mean((x - target) ** 2, axis=tuple(range(1, x.ndim)))
@@ -318,25 +320,67 @@ def _errors(of: str, squares) -> dict[str, float]:
     return {f"held_out_median{of}": float(np.sqrt(np.median(squares))), f"held_out_rmse{of}": rmse, f"held_out_stderr{of}": spread}
 
 
-def _squares(solve, score_fn, thetas, x, target):
-    """The mean squared error of each state of a batch, `(V, B)`, for each vector of parameters `(V, P)`."""
-    return jax.lax.map(lambda theta: _of_each(solve(score_fn, theta, x), target), thetas)
+@jax.jit
+def _squares(table, times, score_fn, sde, centre, x, target):
+    """The mean squared error of each state of a batch, `(B,)`."""
+    return _of_each(run(table, score_fn, sde, jax.random.key(0), x, times[-1], centre=centre, denoise=False), target)
 
 
-def _normal_equations(solve, score_fn, theta, limit, x, target, keys):
+def _normal_equations(table, times, jacobian, limit, score_fn, sde, centre, x, target, key):
     """J^T w r of the residuals r of a batch of states, and an unbiased J^T w J: E[(J^T v) (J^T v)^T], v = +-sqrt(w).
 
     w = 1 / sqrt(1 + mean(r^2) / limit) of each state makes them those of the pseudo-Huber mean. Reverse mode: some cotangents of
-    each state's end point, whatever the number of parameters.
+    each state's end point, whatever the number of parameters. Row by row and not by one scan: in a loop, what XLA makes of the
+    derivative of a convolution is many times slower on a CPU (github.com/jax-ml/jax/issues/12868).
+
+    jacobian: of the rows' numbers by the parameters, `(nfe, W, P)`.
     """
+    rows = [jax.tree.map(lambda a: a[i], table) for i in range(len(jacobian))]
+    carries = [_begin(table, sde, centre, x)]
+    for i, row in enumerate(rows):
+        carries.append(_advance(row, i, score_fn, sde, centre, carries[-1]))
+    residual = moved(carries.pop()[0], centre, sde.alpha(times[-1])) - target
+    weight = jax.lax.rsqrt(1 + jnp.mean(residual**2, axis=tuple(range(1, x.ndim))) / limit)
+    probes = jax.random.rademacher(key, (_PROBES, *x.shape), x.dtype)
+    cotangents = _cotangents(jnp.stack([residual, *probes], axis=1), carries[0])
+    parts = 0.0
+    for i, row in reversed(list(enumerate(rows))):
+        of_row, cotangents = _pull(row, i, score_fn, sde, centre, carries.pop(), cotangents)
+        parts = parts + jnp.matmul(_numbers(of_row, 2), jacobian[i], precision="highest")
+    gradients, probed = parts[:, 0], jnp.sqrt(weight)[:, None, None] * parts[:, 1:]
+    probed = probed.reshape(-1, probed.shape[-1])
+    return weight @ gradients, jnp.matmul(probed.T, probed, precision="highest") / _PROBES
 
-    def one(x, target, key):
-        end, pull = jax.vjp(lambda v: solve(score_fn, v, x[None])[0], theta)
-        probes = jax.random.rademacher(key, (_PROBES, *end.shape), end.dtype)
-        rows = jax.vmap(lambda cotangent: pull(cotangent)[0])(jnp.concatenate([(end - target)[None], probes]))
-        weight = jax.lax.rsqrt(1 + jnp.mean((end - target) ** 2) / limit)
-        return weight * rows[0], jnp.sqrt(weight) * rows[1:]
 
-    gradients, rows = jax.vmap(one)(x, target, keys)
-    rows = rows.reshape(-1, len(theta))
-    return gradients.sum(0), jnp.matmul(rows.T, rows, precision="highest") / _PROBES
+@jax.jit
+def _cotangents(of_x, carry):
+    """Of what is carried, where all is of x: `(B, C, ...)`."""
+    _, past, first = (jnp.moveaxis(a, axis, 0) for a, axis in zip(carry, _AXES))
+    return of_x, *(jnp.zeros((*of_x.shape[:2], *a.shape[1:]), a.dtype) for a in (past, first))
+
+
+def _numbers(table, axes):
+    """All numbers of a table after the first axes, side by side."""
+    leaves = jax.tree.leaves(table)
+    return jnp.concatenate([a.reshape(*a.shape[:axes], -1) for a in leaves], axis=-1)
+
+
+_begin, _advance = jax.jit(begin), jax.jit(advance)
+# Where the states of a batch are, in each part of what is carried.
+_AXES = (0, 1, 1)
+
+
+@jax.jit
+def _pull(row, index, score_fn, sde, centre, carry, cotangents):
+    """Cotangents `(B, C, ...)` of a row's numbers and of what was carried to it, for each state, from C of what it carried on."""
+
+    def one(carry, cotangents):
+        def move(row, carry):
+            # The first time is t_max whatever the parameters; where SNR is zero there, nothing has a derivative by it.
+            row = dataclasses.replace(row, time=jnp.where(index == 0, jax.lax.stop_gradient(row.time), row.time))
+            many = jax.tree.map(jnp.expand_dims, carry, _AXES)
+            return jax.tree.map(jnp.squeeze, advance(row, index, score_fn, sde, centre, many), _AXES)
+
+        return jax.vmap(jax.vjp(move, row, carry)[1])(cotangents)
+
+    return jax.vmap(one, in_axes=(_AXES, 0))(carry, cotangents)

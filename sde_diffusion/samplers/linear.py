@@ -347,6 +347,32 @@ def one_step(times, kept, moves, noise=None) -> Table:
     return Table(rows(times), rows(x0), rows(eps), rows(states), jnp.stack(history, axis=1).reshape(-1, num), noise=noise, stages=num)
 
 
+def moved(x, centre, alpha):
+    """x + alpha centre, and x itself where there is no centre."""
+    return x if centre is None else (x + jnp.broadcast_to(alpha * centre, x.shape)).astype(x.dtype)
+
+
+def begin(table: Table, sde, centre, x):
+    """What is carried from row to row, before the first: x less alpha centre, what past evaluations said `(K, B, *event)`, what the first one did."""
+    past = jnp.zeros((table.history.shape[1], *x.shape), x.dtype)
+    first = None if table.first is None else jnp.zeros((table.x0[0].size, *x.shape), x.dtype)
+    return moved(x, centre, -sde.alpha(table.time[0])), past, first
+
+
+def advance(row: Table, index, score_fn, sde, centre, carry):
+    """What is carried, after one row of a table: one evaluation and the move, without noise."""
+    x, past, first = carry
+    x0, eps = predict(score_fn, sde, moved(x, centre, sde.alpha(row.time)), row.time)
+    x0 = moved(x0, centre, -1.0)
+    kept = jnp.stack([(a * x0 + b * eps).astype(x.dtype) for a, b in zip(jnp.atleast_1d(row.x0), jnp.atleast_1d(row.eps))])
+    past = jnp.concatenate([kept, past[: -len(kept)]])
+    y = row.state * x + jnp.tensordot(row.history, past, 1, precision="highest")
+    if row.first is not None:
+        first = jnp.where(index == 0, kept, first)
+        y = y + jnp.tensordot(jnp.atleast_1d(row.first), first, 1, precision="highest")
+    return y.astype(x.dtype), past, first
+
+
 def run(table: Table, score_fn, sde, key, x, t_end, *, centre=None, correct=None, denoise=True, return_path=False) -> Any:
     """Carries x `(B, *event)` along the rows of a table, with one `lax.scan` over them.
 
@@ -364,36 +390,24 @@ def run(table: Table, score_fn, sde, key, x, t_end, *, centre=None, correct=None
     index = jnp.arange(num)
     step_done = ((index + 1) % table.stages == 0) & (index < num - denoise)
 
-    def moved(x, sign, alpha=1.0):
-        return x if centre is None else (x + jnp.broadcast_to(sign * alpha * centre, x.shape)).astype(x.dtype)
-
     # Recomputed under grad: the memory of a gradient is that of the states, not of the network's insides.
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def body(carry, inputs):
-        x, past, first = carry
         row, index, done, s = inputs
         key_noise, key_correct = jax.random.split(jax.random.fold_in(key, index))
-        x0, eps = predict(score_fn, sde, moved(x, 1, sde.alpha(row.time)), row.time)
-        x0 = moved(x0, -1)
-        kept = jnp.stack([(a * x0 + b * eps).astype(x.dtype) for a, b in zip(jnp.atleast_1d(row.x0), jnp.atleast_1d(row.eps))])
-        past = jnp.concatenate([kept, past[: -len(kept)]])
-        y = row.state * x + jnp.tensordot(row.history, past, 1, precision="highest")
-        if row.first is not None:
-            first = jnp.where(index == 0, kept, first)
-            y = y + jnp.tensordot(jnp.atleast_1d(row.first), first, 1, precision="highest")
+        y, past, first = advance(row, index, score_fn, sde, centre, carry)
         if row.noise is not None:
-            y = y + row.noise * jax.random.normal(key_noise, x.shape, x.dtype)
-        y = y.astype(x.dtype)
+            y = (y + row.noise * jax.random.normal(key_noise, y.shape, y.dtype)).astype(y.dtype)
         if correct is not None:
             alpha = sde.alpha(s)
-            y = jax.lax.cond(done, lambda y: moved(correct(key_correct, moved(y, 1, alpha), s), -1, alpha), lambda y: y, y)
-        return (y, past, first), (moved(y, 1, sde.alpha(s)) if return_path else None)
+            y = jax.lax.cond(
+                done, lambda y: moved(correct(key_correct, moved(y, centre, alpha), s), centre, -alpha), lambda y: y, y
+            )
+        return (y, past, first), (moved(y, centre, sde.alpha(s)) if return_path else None)
 
-    past = jnp.zeros((table.history.shape[1], *x.shape), x.dtype)
-    first = None if table.first is None else jnp.zeros((table.x0[0].size, *x.shape), x.dtype)
     inputs = (table, index, step_done, jnp.append(table.time[1:], t_end))
-    (end, *_), path = jax.lax.scan(body, (moved(x, -1, sde.alpha(table.time[0])), past, first), inputs)
-    end = moved(end, 1, 1.0 if denoise else sde.alpha(t_end))
+    (end, *_), path = jax.lax.scan(body, begin(table, sde, centre, x), inputs)
+    end = moved(end, centre, 1.0 if denoise else sde.alpha(t_end))
     if not return_path:
         return end
     return end, jnp.concatenate([x[None], path[table.stages - 1 : num - denoise : table.stages]])
