@@ -283,9 +283,7 @@ class _Family:
 
     def _places(self):
         """Rows and columns of the free factors: all evaluations so far, the last 6 of long solvers."""
-        rows, columns = np.tril_indices(self.nfe)
-        near = columns < (self.nfe if self.nfe <= 10 else 6)
-        return rows[near], columns[near]
+        return np.tril_indices(self.nfe, m=self.nfe if self.nfe <= 10 else 6)
 
     def build(self, parameters):
         """The table, and the times of the states."""
@@ -297,8 +295,9 @@ class _Family:
         steps = Steps.of(self.sde, times, self.sigma_data)
         table = between_orders(steps)
         c = jnp.sqrt((steps.alpha * self.sigma_data) ** 2 + steps.sigma**2)
-        free = jnp.zeros((n, n)).at[self._places()].set(parameters["history"])
-        history = jnp.pad(table.history, ((0, 0), (0, max(0, n - table.history.shape[1]))))[:, :n] + c[1:, None] * free
+        rows, columns = self._places()
+        history = jnp.zeros((n, columns.max() + 1)).at[rows, columns].set(parameters["history"]) * c[1:, None]
+        history = history.at[:, : table.history.shape[1]].add(table.history[:, : history.shape[1]])
         return dataclasses.replace(table, state=table.state * (1 + parameters["state"]), history=history), times
 
 
