@@ -101,4 +101,4 @@ def _run(solver, score_fn, sde, key, times, init, sigma_data, noise_level, corre
     check(isinstance(table, Table), f"a method must return a samplers.linear.Table, not {type(table).__name__}")
     correct = None if correct is None else functools.partial(correct, score_fn, sde)
     centre = getattr(solver, "centre", None)
-    return run(table, score_fn, sde, key_steps, x, times[-1], centre=centre, correct=correct, denoise=denoise, return_path=return_path)
+    return run(table, score_fn, sde, key_steps, x, times[0], times[-1], centre=centre, correct=correct, denoise=denoise, return_path=return_path)

@@ -1,8 +1,9 @@
 """Solvers fitted to a model: the coefficients and times of a linear solver, against the model's own fine solutions.
 
 The family is that of Bespoke Non-Stationary solvers (arXiv:2403.01329): any times, any factors of all evaluations so far.
-It contains every solver of `sample_ode` with one evaluation a step; `fit_solver` starts from the default one of 6 steps and more. Also in this
-literature: arXiv:2405.15506 (LD3), arXiv:2502.17423 (S4S), arXiv:2404.14507 (Align Your Steps).
+It contains every solver of `sample_ode` with one evaluation a step. It is taken about the mean of the data, and so that the first evaluation too is at
+a free time: at t_max it would tell next to nothing but that mean. Also in this literature: arXiv:2405.15506 (LD3), arXiv:2502.17423
+(S4S), arXiv:2404.14507 (Align Your Steps).
 """
 
 import dataclasses
@@ -37,8 +38,8 @@ _POINTS = 9
 
 _TABLE = tuple(f.name for f in dataclasses.fields(Table) if f.name not in ("noise", "stages"))
 _ARRAYS = {*_TABLE, "times", "process", "centre"}
-# What files of before may lack, and then is zero.
-_NEWER = {"first", "centre"}
+# What files of before may lack: factors of the first evaluation, of the state before it, and a centre.
+_NEWER = {"first", "scale", "centre"}
 
 
 @pytree_dataclass
@@ -46,7 +47,7 @@ class LearnedSolver:
     """A fitted solver, for `sample_ode(..., method=solver)`; made by `fit_solver` or `LearnedSolver.load`.
 
     Attributes:
-      table: its coefficients, one row an evaluation.
+      table: its coefficients, one row an evaluation. `table.time[0]` is where the state at t_max is taken to for the first evaluation.
       times: of the states, `(nfe + 1,)`: t_max first, t_end last.
       process: log-SNR and log alpha at some times, by which another SDE is told.
       facts: what it was fitted to, and how well, as a JSON string: `json.loads(solver.facts)`.
@@ -149,12 +150,15 @@ def fit_solver(
 ) -> LearnedSolver:
     """Fits a solver of `nfe` evaluations to a score function: the smallest end-point error |x - x_fine|.
 
-    Times, and factors of the state and of all evaluations so far (the last 6 where nfe > 10), for x and x0_hat about the mean of the data, so
-    that no factor is spent on where the data lies, are fitted by Levenberg-Marquardt, from the default solver of 6 steps and more about that mean, against solutions of `adams_4` in `fine_steps` steps from
-    `num_states` prior draws, of which the first updates look at some. The objective is the pseudo-Huber mean of the states' errors: a
-    state that ends in another mode of the data is far off by chance, and would rule a mean square. A quarter of the states is
-    held out: the best solver on these is returned, whose held-out error is a little optimistic for it, and fitting ends when
-    they stop improving. Family: arXiv:2403.01329.
+    Fitted are the times, and factors of the state and of all evaluations so far (the last 6 where nfe > 10), for x and x0_hat about the mean of
+    the data, so that no factor is spent on where the data lies. The first time is free as well: no evaluation at t_max, where it would tell
+    that mean and little else. Levenberg-Marquardt does it, against solutions of `adams_4` in `fine_steps` steps from `num_states` prior draws,
+    of which the first updates look at some. It starts from the default solver of 6 steps and more on the grid of nfe + 1 steps, its first step replaced
+    by that of N(mean, sigma_data^2 I), which needs no evaluation.
+
+    The objective is the pseudo-Huber mean of the states' errors: a state that ends in another mode of the data is far off by chance, and
+    would rule a mean square. A quarter of the states is held out: the best solver on these is returned, whose held-out error is
+    a little optimistic for it, and fitting ends when they stop improving. Family: arXiv:2403.01329.
 
     Args:
       score_fn: `(x (B, *event), t (B,)) -> (B, *event)`.
@@ -202,9 +206,9 @@ def fit_solver(
     num_held = max(1, num_batches // 4)
     held_out, data = (x[:num_held], target[:num_held]), (x[num_held:], target[num_held:])
 
-    family = _Family(sde, nfe, sigma_data, time_grid(sde, nfe, t_end=t_end, sigma_data=sigma_data))
+    family = _Family(sde, nfe, sigma_data, time_grid(sde, nfe + 1, t_end=t_end, sigma_data=sigma_data))
     theta, unravel = ravel_pytree(family.start())
-    centre = data[1].mean(axis=(0, 1)) / sde.alpha(jnp.asarray(t_end, float))
+    centre = _mean(*data) / sde.alpha(jnp.asarray(t_end, float))
     build = jax.jit(lambda theta: family.build(unravel(theta)))
     jacobian = jax.jit(jax.jacrev(lambda theta: _numbers(build(theta)[0], 1)))
 
@@ -256,8 +260,8 @@ def fit_solver(
                 here, better = of_states(theta, some), True
             bar.update()
             bar.set_postfix_str(f"held-out error {np.sqrt(np.median(best) / np.median(of_default)):.3f} of the default's")
-            if idle >= 12 or time.monotonic() - began > seconds:
-                ended_by = "no more gain" if idle >= 12 else "the time limit"
+            if idle >= 8 or time.monotonic() - began > seconds:
+                ended_by = "no more gain" if idle >= 8 else "the time limit"
                 break
     table, times = family.build(unravel(best_theta))
     facts = {
@@ -269,17 +273,18 @@ def fit_solver(
 
 @dataclasses.dataclass(frozen=True)
 class _Family:
-    """The default solver of 6 steps and more at free times, plus free factors, in the scale of the state's marginal; for x less alpha centre."""
+    """The default solver of 6 steps and more at free times, less its first evaluation, plus free factors, in the scale of the state's
+    marginal; for x less alpha centre."""
 
     sde: SDE
     nfe: int
     sigma_data: Any
-    times: Any  # the default's
+    times: Any  # the default's, of nfe + 1 steps
 
     def start(self):
-        """Zeros: of that solver itself."""
+        """Zeros: of that solver itself, exact for N(centre, sigma_data^2 I)."""
         n = self.nfe
-        return {"lengths": jnp.zeros(n), "state": jnp.zeros(n), "history": jnp.zeros(len(self._places()[0]))}
+        return {"lengths": jnp.zeros(n + 1), "scale": jnp.zeros(()), "state": jnp.zeros(n), "history": jnp.zeros(len(self._places()[0]))}
 
     def _places(self):
         """Rows and columns of the free factors: all evaluations so far, the last 6 of long solvers."""
@@ -291,14 +296,24 @@ class _Family:
         plain = Steps.of(self.sde, self.times, self.sigma_data)
         lengths = plain.h * jnp.exp(parameters["lengths"])
         inner = plain.half_log_snr[0] + jnp.cumsum(lengths * (plain.h.sum() / lengths.sum()))[:-1]
-        times = jnp.concatenate([self.times[:1], self.sde.time(2 * inner), self.times[-1:]])
+        # Of the evaluations, and t_end.
+        times = jnp.concatenate([self.sde.time(2 * inner), self.times[-1:]])
         steps = Steps.of(self.sde, times, self.sigma_data)
         table = between_orders(steps)
-        c = jnp.sqrt((steps.alpha * self.sigma_data) ** 2 + steps.sigma**2)
+        before, c = (jnp.sqrt((s.alpha * self.sigma_data) ** 2 + s.sigma**2) for s in (plain, steps))
         rows, columns = self._places()
         history = jnp.zeros((n, columns.max() + 1)).at[rows, columns].set(parameters["history"]) * c[1:, None]
         history = history.at[:, : table.history.shape[1]].add(table.history[:, : history.shape[1]])
-        return dataclasses.replace(table, state=table.state * (1 + parameters["state"]), history=history), times
+        scale = jnp.ones(n).at[0].set(c[0] / before[0] * (1 + parameters["scale"]))
+        table = dataclasses.replace(table, state=table.state * (1 + parameters["state"]), history=history, scale=scale)
+        return table, jnp.concatenate([self.times[:1], times[1:]])
+
+
+def _mean(x, target):
+    """The mean of the targets, of which x, of mean zero, explains a share: in each coordinate a control variate, `event`."""
+    mean = functools.partial(jnp.mean, axis=(0, 1))
+    share = (mean(x * target) - mean(x) * mean(target)) / mean(x**2)
+    return mean(target) - share * mean(x)
 
 
 def _of_each(x, target):
@@ -319,10 +334,15 @@ def _errors(of: str, squares) -> dict[str, float]:
     return {f"held_out_median{of}": float(np.sqrt(np.median(squares))), f"held_out_rmse{of}": rmse, f"held_out_stderr{of}": spread}
 
 
+_begin, _advance = jax.jit(begin), jax.jit(advance)
+# Where the states of a batch are, in each part of what is carried.
+_AXES = (0, 1, 1)
+
+
 @jax.jit
 def _squares(table, times, score_fn, sde, centre, x, target):
     """The mean squared error of each state of a batch, `(B,)`."""
-    return _of_each(run(table, score_fn, sde, jax.random.key(0), x, times[-1], centre=centre, denoise=False), target)
+    return _of_each(run(table, score_fn, sde, jax.random.key(0), x, times[0], times[-1], centre=centre, denoise=False), target)
 
 
 def _normal_equations(table, times, jacobian, limit, score_fn, sde, centre, x, target, key):
@@ -335,7 +355,7 @@ def _normal_equations(table, times, jacobian, limit, score_fn, sde, centre, x, t
     jacobian: of the rows' numbers by the parameters, `(nfe, W, P)`.
     """
     rows = [jax.tree.map(lambda a: a[i], table) for i in range(len(jacobian))]
-    carries = [_begin(table, sde, centre, x)]
+    carries = [_begin(table, sde, centre, x, times[0])]
     for i, row in enumerate(rows):
         carries.append(_advance(row, i, score_fn, sde, centre, carries[-1]))
     residual = moved(carries.pop()[0], centre, sde.alpha(times[-1])) - target
@@ -364,19 +384,12 @@ def _numbers(table, axes):
     return jnp.concatenate([a.reshape(*a.shape[:axes], -1) for a in leaves], axis=-1)
 
 
-_begin, _advance = jax.jit(begin), jax.jit(advance)
-# Where the states of a batch are, in each part of what is carried.
-_AXES = (0, 1, 1)
-
-
 @jax.jit
 def _pull(row, index, score_fn, sde, centre, carry, cotangents):
     """Cotangents `(B, C, ...)` of a row's numbers and of what was carried to it, for each state, from C of what it carried on."""
 
     def one(carry, cotangents):
         def move(row, carry):
-            # The first time is t_max whatever the parameters; where SNR is zero there, nothing has a derivative by it.
-            row = dataclasses.replace(row, time=jnp.where(index == 0, jax.lax.stop_gradient(row.time), row.time))
             many = jax.tree.map(jnp.expand_dims, carry, _AXES)
             return jax.tree.map(jnp.squeeze, advance(row, index, score_fn, sde, centre, many), _AXES)
 

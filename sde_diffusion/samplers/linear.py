@@ -28,9 +28,9 @@ Leaf = Any
 class Table:
     """A solver's coefficients: row i is one evaluation, at time t_i.
 
-    It keeps y_i = x0_i x0_hat + eps_i eps_hat, and moves the state to
+    It evaluates the network at u_i = scale_i x_i, keeps y_i = x0_i x0_hat + eps_i eps_hat, and moves the state to
 
-        x_{i+1} = state_i x_i + sum_{j<K} history_ij y_{i-j} + first_i y_0 + noise_i z_i,  z_i ~ N(0, I).
+        x_{i+1} = state_i u_i + sum_{j<K} history_ij y_{i-j} + first_i y_0 + noise_i z_i,  z_i ~ N(0, I).
 
     Attributes:
       time: of the evaluations, `(R,)`; there are R / N rows for each of the grid's N steps.
@@ -40,6 +40,7 @@ class Table:
         those of one evaluation side by side.
       first: factors of the first evaluation of all, `(R,)`, `(R, M)` for M combinations, or None.
       noise: standard deviation of what is added, `(R,)`, or None for a deterministic solver.
+      scale: factors of the state before its evaluation, `(R,)`, or None for 1: where that is at another time than the state's.
       stages: R / N, the evaluations of a step.
     """
 
@@ -50,6 +51,7 @@ class Table:
     history: Leaf
     first: Leaf = None
     noise: Leaf = None
+    scale: Leaf = None
     stages: int = dataclasses.field(default=1, metadata={"static": True})
 
 
@@ -312,7 +314,8 @@ def _before(values, num: int):
 def mean(a: Table, b: Table) -> Table:
     """The solver whose rows end midway between those of two with the same times: deterministic, with one combination kept."""
     alike = a.x0.ndim == b.x0.ndim == 1 and a.x0.shape == b.x0.shape and a.stages == b.stages
-    check(alike and a.noise is None and b.noise is None, "a mean is of deterministic tables of the same times that keep one combination")
+    plain = all(t.noise is None and t.scale is None for t in (a, b))
+    check(alike and plain, "a mean is of deterministic tables of the same times that keep one combination")
     num = max(a.history.shape[1], b.history.shape[1])
     history = jnp.stack([jnp.pad(t.history, ((0, 0), (0, num - t.history.shape[1]))) for t in (a, b)], axis=-1)
     x0, eps = (jnp.stack([getattr(t, name) for t in (a, b)], axis=-1) for name in ("x0", "eps"))
@@ -352,16 +355,18 @@ def moved(x, centre, alpha):
     return x if centre is None else (x + jnp.broadcast_to(alpha * centre, x.shape)).astype(x.dtype)
 
 
-def begin(table: Table, sde, centre, x):
+def begin(table: Table, sde, centre, x, t_start):
     """What is carried from row to row, before the first: x less alpha centre, what past evaluations said `(K, B, *event)`, what the first one did."""
     past = jnp.zeros((table.history.shape[1], *x.shape), x.dtype)
     first = None if table.first is None else jnp.zeros((table.x0[0].size, *x.shape), x.dtype)
-    return moved(x, centre, -sde.alpha(table.time[0])), past, first
+    return moved(x, centre, -sde.alpha(t_start)), past, first
 
 
 def advance(row: Table, index, score_fn, sde, centre, carry):
     """What is carried, after one row of a table: one evaluation and the move, without noise."""
     x, past, first = carry
+    if row.scale is not None:
+        x = (row.scale * x).astype(x.dtype)
     x0, eps = predict(score_fn, sde, moved(x, centre, sde.alpha(row.time)), row.time)
     x0 = moved(x0, centre, -1.0)
     kept = jnp.stack([(a * x0 + b * eps).astype(x.dtype) for a, b in zip(jnp.atleast_1d(row.x0), jnp.atleast_1d(row.eps))])
@@ -373,18 +378,18 @@ def advance(row: Table, index, score_fn, sde, centre, carry):
     return y.astype(x.dtype), past, first
 
 
-def run(table: Table, score_fn, sde, key, x, t_end, *, centre=None, correct=None, denoise=True, return_path=False) -> Any:
+def run(table: Table, score_fn, sde, key, x, t_start, t_end, *, centre=None, correct=None, denoise=True, return_path=False) -> Any:
     """Carries x `(B, *event)` along the rows of a table, with one `lax.scan` over them.
 
     Args:
-      t_end: the time at which the last row ends.
+      t_start, t_end: the times of x, and of the state that the last row ends with.
       centre: of the data, `event`; the table then moves x - alpha centre, by x0_hat - centre and eps_hat.
       correct: `(key, x, t) -> x`, applied to the state at the end of each step.
       denoise: one evaluation more: the result is x0_hat at t_end.
     """
     if denoise:
-        absent = (None if a is None else 0.0 for a in (table.first, table.noise))
-        last = Table(t_end, 1.0, 0.0, 0.0, np.eye(table.history.shape[1])[0], *absent, table.stages)
+        optional = (None if a is None else b for a, b in ((table.first, 0.0), (table.noise, 0.0), (table.scale, 1.0)))
+        last = Table(t_end, 1.0, 0.0, 0.0, np.eye(table.history.shape[1])[0], *optional, table.stages)
         table = jax.tree.map(lambda a, b: jnp.concatenate([a, jnp.broadcast_to(jnp.asarray(b, a.dtype), (1, *a.shape[1:]))]), table, last)
     num = table.time.shape[0]
     index = jnp.arange(num)
@@ -406,7 +411,7 @@ def run(table: Table, score_fn, sde, key, x, t_end, *, centre=None, correct=None
         return (y, past, first), (moved(y, centre, sde.alpha(s)) if return_path else None)
 
     inputs = (table, index, step_done, jnp.append(table.time[1:], t_end))
-    (end, *_), path = jax.lax.scan(body, begin(table, sde, centre, x), inputs)
+    (end, *_), path = jax.lax.scan(body, begin(table, sde, centre, x, t_start), inputs)
     end = moved(end, centre, 1.0 if denoise else sde.alpha(t_end))
     if not return_path:
         return end
