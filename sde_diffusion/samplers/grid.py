@@ -36,8 +36,9 @@ def _edm(sde, t0, t1, u, s, rho=7.0):
     return sde.time(-2 * rho * jnp.log(first + (last - first) * u))
 
 
-def _student(sde, t0, t1, u, s):
-    # Student's distribution with 2 degrees of freedom: F(z) = (1 + z / sqrt(2 + z^2)) / 2. A process that ends early leaves no time in
+def _student_quantiles(sde, t1, s):
+    """Two functions, log-SNR -> quantile in [-1, 1], falling, and back: of log(sigma / alpha), by Student's distribution."""
+    # With 2 degrees of freedom F(z) = (1 + z / sqrt(2 + z^2)) / 2. A process that ends early leaves no time in
     # which errors of its last steps could contract: they are shorter.
     early = jnp.clip(0.4 * (5.5 - 0.5 * sde.log_snr(t1) - jnp.log(s)), 0.0, 1.0)
     centre, below = jnp.log((1.8 - 0.5 * early) * s), 2.1 + 0.4 * early
@@ -45,10 +46,17 @@ def _student(sde, t0, t1, u, s):
     def width(side):
         return jnp.where(side > 0, 2.0, below)
 
-    ends = (-0.5 * log_snr - centre for log_snr in _ends(sde, t0, t1, s))
-    first, last = (z / jnp.sqrt(2 * width(z) ** 2 + z**2) for z in ends)
-    q = first + (last - first) * u
-    return sde.time(-2 * (centre + width(q) * q * jnp.sqrt(2 / (1 - q**2))))
+    def quantile(log_snr):
+        z = -0.5 * log_snr - centre
+        return z / jnp.sqrt(2 * width(z) ** 2 + z**2)
+
+    return quantile, lambda q: -2 * (centre + width(q) * q * jnp.sqrt(2 / (1 - q**2)))
+
+
+def _student(sde, t0, t1, u, s):
+    quantile, log_snr = _student_quantiles(sde, t1, s)
+    first, last = (quantile(end) for end in _ends(sde, t0, t1, s))
+    return sde.time(log_snr(first + (last - first) * u))
 
 
 def _tapered(sde, t0, t1, u, s):
@@ -59,8 +67,27 @@ def _tapered(sde, t0, t1, u, s):
     return _student(sde, t0, t1, jnp.asarray(np.concatenate([[0.0], np.cumsum(lengths) / lengths.sum()]), u.dtype), s)
 
 
+# Numbers of steps in which the first evaluation is ahead of the first time, in `adams` and on its grid.
+FEW = (2, 8)
+
+
+def _ahead(sde, t0, t1, u, s):
+    # Few steps of a method whose first evaluation is within its first step: two steps in one.
+    num = len(u) - 1
+    if not FEW[0] <= num <= FEW[1]:
+        return _tapered(sde, t0, t1, u, s)
+    return jnp.delete(_tapered(sde, t0, t1, jnp.zeros(num + 2, u.dtype), s), 1)
+
+
+def within_first(sde: SDE, times: Float[Array, " times"], sigma_data: Number) -> Float[Array, ""]:
+    """The time within the first step of a grid that "ahead" leaves out: where "tapered" has it."""
+    quantile, log_snr = _student_quantiles(sde, times[-1], sigma_data)
+    first, second = (quantile(end) for end in _ends(sde, times[0], times[1], sigma_data))
+    return sde.time(log_snr(first + (second - first) * 0.9 / 1.9))
+
+
 # (sde, first time, last time, u in [0, 1], standard deviation of the data) -> times.
-GRIDS = {"tapered": _tapered, "student": _student, "uniform": _uniform, "quadratic": _quadratic, "log_snr": _log_snr, "edm": _edm}
+GRIDS = {"ahead": _ahead, "tapered": _tapered, "student": _student, "uniform": _uniform, "quadratic": _quadratic, "log_snr": _log_snr, "edm": _edm}
 
 
 def time_grid(
@@ -72,7 +99,7 @@ def time_grid(
     scale 2 above and 2.1 below) around log(1.8 sigma_data): most steps where the data takes shape; for an end between
     e^-5.5 and e^-3 sigma_data the centre moves to 1.3 sigma_data and the lower scale to 2.5. "tapered",
     the default: the same, but the first step covers 0.9 of the others' share of these quantiles, the last of N > 6 steps 1/2 + 3/N; for
-    multistep methods.
+    multistep methods. "ahead": "tapered", but 2 to 8 steps are those of one step more without its second time; for "adams".
     "edm": uniform in (sigma / alpha)^(1/7) (arXiv:2206.00364 eq. 5); "log_snr": uniform in lambda (arXiv:2206.00927 section 3.2); "uniform" in t;
     "quadratic": uniform in sqrt(t) (arXiv:2010.02502 appendix D.2). Those that go by the SNR begin at a lambda of -20 at the lowest (less
     2 log sigma_data where that is above 1), where nothing is left of the data; t_max takes the place of that time.

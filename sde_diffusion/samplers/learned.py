@@ -336,7 +336,7 @@ def _errors(of: str, squares) -> dict[str, float]:
 
 _begin, _advance = jax.jit(begin), jax.jit(advance)
 # Where the states of a batch are, in each part of what is carried.
-_AXES = (0, 1, 1)
+_AXES = (0, 1, 0)
 
 
 @jax.jit

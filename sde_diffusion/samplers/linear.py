@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from sde_diffusion.prediction import predict
-from sde_diffusion.sde import SDE, Number, check, pytree_dataclass
+from sde_diffusion.sde import SDE, Number, pytree_dataclass
 from sde_diffusion.times import lowest_log_snr
 
 # How wrong eps_hat is at the prior, of a network that predicts it.
@@ -34,11 +34,10 @@ class Table:
 
     Attributes:
       time: of the evaluations, `(R,)`; there are R / N rows for each of the grid's N steps.
-      x0, eps: what is kept of an evaluation, `(R,)` each; `(R, M)` where M combinations are kept.
+      x0, eps: what is kept of an evaluation, `(R,)` each.
       state: factor of the state, `(R,)`.
-      history: factors of this evaluation and those before it, the newest first, `(R, K)`; zero where there is none. `(R, K M)` for M combinations,
-        those of one evaluation side by side.
-      first: factors of the first evaluation of all, `(R,)`, `(R, M)` for M combinations, or None.
+      history: factors of this evaluation and those before it, the newest first, `(R, K)`; zero where there is none.
+      first: factors of the first evaluation of all, `(R,)`, or None.
       noise: standard deviation of what is added, `(R,)`, or None for a deterministic solver.
       scale: factors of the state before its evaluation, `(R,)`, or None for 1: where that is at another time than the state's.
       stages: R / N, the evaluations of a step.
@@ -142,24 +141,6 @@ def data_space(steps: Steps) -> Space:
     kernel = steps.alpha[1:, None] * (1 + tau2) * jnp.exp((1 + tau2) * (points - h[:, None]))
     noise = None if steps.noise_level is None else steps.sigma[1:] * jnp.sqrt(-jnp.expm1(-2 * tau2 * h))
     return Space(one, 0 * one, shrink * jnp.exp(-tau2 * h), h, points, weights * kernel, noise)
-
-
-def damped_data_space(steps: Steps) -> Space:
-    """`data_space` of x0 / sqrt(1 + (0.03 sigma / (alpha s))^2), s the standard deviation of the data: the project's own.
-
-    At the start, where sigma / alpha is hundreds, x0_hat of a network that predicts eps is its error times that. Kept so,
-    it would be extrapolated by the second step; damped, it counts about as much there as in the first step. For SNRs above
-    1e-3 or so the space is `data_space`; so it is from zero SNR, where no network predicts eps, and for a single step, which leaves nothing to extrapolate.
-    """
-    space = data_space(steps)
-    if steps.num == 1:
-        return space
-
-    def damping(half_log_snr):
-        return jnp.where(steps.alpha[0] > 0, 1 / jnp.hypot(1.0, 0.03 * jnp.exp(-half_log_snr) / steps.sigma_data), 1.0)
-
-    at = damping(steps.half_log_snr[:-1, None] + space.points)
-    return dataclasses.replace(space, x0=damping(steps.half_log_snr), weights=space.weights / at)
 
 
 def noise_space(steps: Steps) -> Space:
@@ -296,31 +277,41 @@ def centred(steps: Steps, table: Table) -> Table:
     An error of eps_hat counts 1 / cos(theta_0) times in such a mean. Hence the weight 1 / (1 + (0.002 / cos(theta_0))^2): for data of
     s = 1/2 0.73 under `VP()`, 0.96 under `VE()`, next to nothing close to zero SNR, but one at zero SNR, from which no network predicts eps.
     """
+    share, whole = _told(steps, 0)
+    return dataclasses.replace(table, first=whole - (table.history * _before(share, table.history.shape[1])).sum(axis=1))
+
+
+def ahead(steps: Steps, table: Table) -> Table:
+    """As `centred`, without the evaluation at the first time, which tells next to nothing but the mean; one row less: the project's own.
+
+    The state is scaled to the second time, as for N(0, s^2 I), and evaluated there. What that tells is taken for the mean, from the first time on,
+    where there is nothing to interpolate yet. Exact for N(m, s^2 I) too: w is the same at every x. Where a direction of the data has a variance v of
+    its own, the state evaluated is off by the share alpha^2 (v - s^2) / (2 sigma^2) of it: for few steps, from where sigma is many times alpha s.
+    """
+    share, whole = _told(steps, 1)
+    # Nothing of the first time.
+    known = np.arange(steps.num)[:, None] > np.arange(table.history.shape[1])[None]
+    history = jnp.where(known, table.history, 0.0)
+    first = whole - (history * _before(share, history.shape[1])).sum(axis=1)
+    first = first.at[1].add(table.state[1] * first[0])
+    scale = jnp.ones_like(table.state).at[1].set(table.state[0])
+    return jax.tree.map(lambda a: a[1:], dataclasses.replace(table, history=history, first=first, scale=scale))
+
+
+def _told(steps: Steps, at: int):
+    """Of the evaluation at one time of the grid: the share of each w that its mean explains, and the integral of that over each step, `(N,)` each."""
     zeta = jnp.arcsinh(jnp.exp(-steps.half_log_snr) / steps.sigma_data)
     cosh, tanh = jnp.cosh(zeta), jnp.tanh(zeta)  # 1 / cos(theta), sin(theta)
-    weight = jnp.where(steps.alpha[0] > 0, 1 / (1 + (_EPS_ERROR * cosh[0]) ** 2), 1.0)
-    scale = weight * cosh[0] / tanh[0]
-    share = scale * tanh[:-1] / cosh[:-1]
+    weight = jnp.where(steps.alpha[at] > 0, 1 / (1 + (_EPS_ERROR * cosh[at]) ** 2), 1.0)
+    scale = weight * cosh[at] / tanh[at]
     falls = 2 * jnp.sinh(0.5 * (zeta[1:] + zeta[:-1])) * jnp.sinh(0.5 * (zeta[1:] - zeta[:-1]))  # of cosh
-    whole = scale * (falls / cosh[1:] / cosh[:-1]) * jnp.hypot(steps.alpha[1:] * steps.sigma_data, steps.sigma[1:])
-    return dataclasses.replace(table, first=whole - (table.history * _before(share, table.history.shape[1])).sum(axis=1))
+    c = jnp.hypot(steps.alpha[1:] * steps.sigma_data, steps.sigma[1:])
+    return scale * tanh[:-1] / cosh[:-1], scale * (falls / cosh[1:] / cosh[:-1]) * c
 
 
 def _before(values, num: int):
     """values_{i - j} for j < num, `(R, num)`; 0 before the first."""
     return jnp.pad(values, (num - 1, 0))[np.arange(len(values))[:, None] + np.arange(num)[::-1]]
-
-
-def mean(a: Table, b: Table) -> Table:
-    """The solver whose rows end midway between those of two with the same times: deterministic, with one combination kept."""
-    alike = a.x0.ndim == b.x0.ndim == 1 and a.x0.shape == b.x0.shape and a.stages == b.stages
-    plain = all(t.noise is None and t.scale is None for t in (a, b))
-    check(alike and plain, "a mean is of deterministic tables of the same times that keep one combination")
-    num = max(a.history.shape[1], b.history.shape[1])
-    history = jnp.stack([jnp.pad(t.history, ((0, 0), (0, num - t.history.shape[1]))) for t in (a, b)], axis=-1)
-    x0, eps = (jnp.stack([getattr(t, name) for t in (a, b)], axis=-1) for name in ("x0", "eps"))
-    first = jnp.stack([jnp.zeros_like(t.time) if t.first is None else t.first for t in (a, b)], axis=-1)
-    return Table(a.time, x0, eps, 0.5 * (a.state + b.state), 0.5 * history.reshape(len(history), -1), 0.5 * first, stages=a.stages)
 
 
 def one_step(times, kept, moves, noise=None) -> Table:
@@ -358,7 +349,7 @@ def moved(x, centre, alpha):
 def begin(table: Table, sde, centre, x, t_start):
     """What is carried from row to row, before the first: x less alpha centre, what past evaluations said `(K, B, *event)`, what the first one did."""
     past = jnp.zeros((table.history.shape[1], *x.shape), x.dtype)
-    first = None if table.first is None else jnp.zeros((table.x0[0].size, *x.shape), x.dtype)
+    first = None if table.first is None else jnp.zeros_like(x)
     return moved(x, centre, -sde.alpha(t_start)), past, first
 
 
@@ -369,12 +360,12 @@ def advance(row: Table, index, score_fn, sde, centre, carry):
         x = (row.scale * x).astype(x.dtype)
     x0, eps = predict(score_fn, sde, moved(x, centre, sde.alpha(row.time)), row.time)
     x0 = moved(x0, centre, -1.0)
-    kept = jnp.stack([(a * x0 + b * eps).astype(x.dtype) for a, b in zip(jnp.atleast_1d(row.x0), jnp.atleast_1d(row.eps))])
-    past = jnp.concatenate([kept, past[: -len(kept)]])
+    kept = (row.x0 * x0 + row.eps * eps).astype(x.dtype)
+    past = jnp.concatenate([kept[None], past[:-1]])
     y = row.state * x + jnp.tensordot(row.history, past, 1, precision="highest")
     if row.first is not None:
         first = jnp.where(index == 0, kept, first)
-        y = y + jnp.tensordot(jnp.atleast_1d(row.first), first, 1, precision="highest")
+        y = y + row.first * first
     return y.astype(x.dtype), past, first
 
 

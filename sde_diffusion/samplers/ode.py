@@ -1,13 +1,17 @@
 """Deterministic samplers: the probability-flow ODE dx/dt = f - 1/2 g^2 score (arXiv:2011.13456 eq. 13)."""
 
+import dataclasses
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from sde_diffusion.samplers.grid import FEW, within_first
 from sde_diffusion.samplers.integrate import integrate
 from sde_diffusion.samplers.linear import (
-    Solver, Steps, Table, adams_bashforth, adams_moulton, angle_space, centred, damped_data_space, data_space, mean, midpoint,
-    multistep, noise_space, one_step, orders, register, residual, sigma_space,
+    Solver, Steps, Table, adams_bashforth, adams_moulton, ahead, angle_space, centred, data_space, midpoint, multistep,
+    noise_space, one_step, orders, register, residual, sigma_space,
 )  # fmt: skip
 from sde_diffusion.sde import SDE, Number, derivative
 
@@ -25,29 +29,43 @@ def _adams(steps, order):
 
 
 def between_orders(steps: Steps) -> Table:
-    """`adams` from 6 steps on, for any number of them."""
+    """`adams` from 9 steps on, for any number of them."""
+    return centred(steps, _between(steps))
+
+
+def _between(steps):
     left = steps.num - np.arange(steps.num)
     order = np.minimum(orders(steps.num, 4), np.maximum(2, left - 1))
     space = angle_space(steps)
     high, low = adams_bashforth(space, order), adams_bashforth(space, np.maximum(order - 1, 1))
     explicit = 0.75 * high + 0.25 * jnp.pad(low, ((0, 0), (0, high.shape[1] - low.shape[1])))
-    return centred(steps, multistep(steps, space, explicit, adams_moulton(space, order)))
+    return multistep(steps, space, explicit, adams_moulton(space, order))
 
 
-@register(METHODS, order=2, source="as adams_4", **_ADAMS)
+@register(METHODS, order=2, source="as adams_4; linear.ahead", evaluations=1, grid="ahead")
 def adams(steps: Steps) -> Table:
     """The default, for any number of evaluations: as adams_4, with a predictor between two orders.
 
     It predicts by three quarters of Adams-Bashforth of order 4 and one of order 3: networks are less smooth than exact scores,
     and high orders amplify that. The last three steps are of orders 2 and 1: they are long beside the finest structure of the data, and the
     network's own error outweighs what higher orders gain. Order 2 is that of the last step, which is not corrected.
-    Below 6 steps each ends midway between that rule's and one of unipc_3 with x0 damped at the start (`linear.damped_data_space`): the
-    former is exact for N(0, s^2 I), the latter nearly so for points, and where data is in between, their errors oppose. Up to 3 steps it is for data
-    about zero; ddim is ahead of it where the mean is many standard deviations away.
+    In 2 to 8 steps from noise, sigma > 10 alpha s, the first evaluation is within the first step instead of at its beginning, where it would tell
+    the mean of the data and little else (`linear.ahead`).
     """
-    if steps.num < 6:
-        return mean(between_orders(steps), _unipc(steps, 3, damped_data_space(steps)))
-    return between_orders(steps)
+    rule = between_orders(steps)
+    if not FEW[0] <= steps.num <= FEW[1]:
+        return rule
+    inner = within_first(steps.sde, steps.time, steps.sigma_data)
+    more = Steps.of(steps.sde, jnp.insert(steps.time, 1, inner), steps.sigma_data)
+    few = ahead(more, _between(more))
+    rule = dataclasses.replace(rule, scale=jnp.ones_like(rule.time))
+    rule, few = (_widen(table, max(rule.history.shape[1], few.history.shape[1])) for table in (rule, few))
+    noise = jnp.exp(-steps.half_log_snr[0]) > 10 * steps.sigma_data
+    return jax.tree.map(lambda a, b: jnp.where(noise, a, b), few, rule)
+
+
+def _widen(table, num):
+    return dataclasses.replace(table, history=jnp.pad(table.history, ((0, 0), (0, num - table.history.shape[1]))))
 
 
 @register(METHODS, order=3, min_steps=2, source="as adams_4", **_ADAMS)
@@ -273,7 +291,7 @@ def sample_ode(
         (see `samplers.linear`), whose grid is "student". "adams", the default, takes one evaluation a step and suits every number of them.
       num_steps: steps of the grid, 18 by default. Evaluations: num_steps times those of a step, and one more for
         `denoise`.
-      grid: "tapered" (the default of the adams methods), "student" (of most others), "edm", "log_snr", "uniform" or "quadratic"
+      grid: "ahead" (the default of adams), "tapered" (of adams_2 to 4), "student" (of most others), "edm", "log_snr", "uniform" or "quadratic"
         (see `time_grid`), or an array of decreasing times, which replaces num_steps and t_end and does not recompile when its values
         change.
       t_end: where the grid stops, in [t_train, t_max); `sde.t_min` by default.
