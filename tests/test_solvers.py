@@ -559,6 +559,20 @@ def test_a_fit_to_a_score_without_finite_derivatives_is_refused():
         sd.fit_solver(score_fn, sd.VP(), jax.random.key(0), (16, 2), num_states=32, progress=False)
 
 
+@pytest.mark.parametrize("nfe", [5, 9])
+def test_a_fit_that_finds_nothing_better_is_the_default(nfe, tmp_path):
+    """Data of 6 times the standard deviation that is said, and next to no time: what is returned samples as the default does."""
+    sde = sd.VE()
+    oracle = sd.GaussianMixture([0.5, 0.5], np.array([[-3.0, 0.0], [3.0, 1.0]], np.float32), np.stack([0.1 * np.eye(2)] * 2))
+    options = dict(nfe=nfe, num_states=32, seconds=0.0, sigma_data=0.5, progress=False)
+    solver = sd.fit_solver(oracle.score_fn(sde), sde, jax.random.key(0), (16, 2), **options)
+    facts = json.loads(solver.facts)
+    assert facts["held_out_rmse"] == facts["held_out_rmse_of_the_default"]
+    solver = sd.LearnedSolver.load(solver.save(tmp_path / "solver.json"))
+    draw = functools.partial(sd.sample_ode, oracle.score_fn(sde), sde, jax.random.key(1), (64, 2), sigma_data=0.5)
+    np.testing.assert_allclose(draw(method=solver), draw(num_steps=nfe), rtol=1e-4, atol=1e-4)
+
+
 def test_a_fit_where_the_default_is_exact_already_stays_there():
     """N(0, sigma_data^2 I): errors are those of rounding, so the equations must not divide by them."""
     sde, oracle = SDES["vp"], sd.GaussianMixture.gaussian(np.zeros(2), 0.25 * np.eye(2))

@@ -23,7 +23,7 @@ from sde_diffusion.prediction import as_pytree, check_process
 from sde_diffusion.samplers.grid import check_t_end, time_grid
 from sde_diffusion.samplers.integrate import check_state
 from sde_diffusion.samplers.linear import Steps, Table, advance, begin, moved, run
-from sde_diffusion.samplers.ode import between_orders, sample_ode
+from sde_diffusion.samplers.ode import adams, between_orders, sample_ode
 from sde_diffusion.sde import SDE, check, known, pytree_dataclass
 
 # Random directions of each end point in which its derivatives are taken.
@@ -264,6 +264,10 @@ def fit_solver(
                 ended_by = "no more gain" if idle >= 8 else "the time limit"
                 break
     table, times = family.build(unravel(best_theta))
+    if _pseudo_huber(of_default, limit) < _pseudo_huber(best, limit):
+        # Too few updates, or a sigma_data that is far off: nothing better than the default was found.
+        best, times, centre = of_default, time_grid(sde, nfe, "ahead", t_end, sigma_data), jnp.zeros(())
+        table = adams(Steps.of(sde, times, sigma_data))
     facts = {
         "sde": repr(sde), "nfe": int(nfe), "t_end": float(t_end), "sigma_data": float(sigma_data), "event_shape": list(shape[1:]),
         "updates": updates, "ended_by": ended_by, "held_out_states": len(best), **_errors("", best), **_errors("_of_the_default", of_default),
