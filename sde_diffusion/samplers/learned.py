@@ -22,7 +22,7 @@ from jaxtyping import PRNGKeyArray
 from sde_diffusion.prediction import as_pytree, check_process
 from sde_diffusion.samplers.grid import check_t_end, time_grid
 from sde_diffusion.samplers.integrate import check_state
-from sde_diffusion.samplers.linear import Steps, Table, advance, begin, moved, run
+from sde_diffusion.samplers.linear import Steps, Table, advance, ahead, begin, moved, run
 from sde_diffusion.samplers.ode import adams, between_orders, sample_ode
 from sde_diffusion.sde import SDE, check, known, pytree_dataclass
 
@@ -153,8 +153,7 @@ def fit_solver(
     Fitted are the times, and factors of the state and of all evaluations so far (the last 6 where nfe > 10), for x and x0_hat about the mean of
     the data, so that no factor is spent on where the data lies. The first time is free as well: no evaluation at t_max, where it would tell
     that mean and little else. Levenberg-Marquardt does it, against solutions of `adams_4` in `fine_steps` steps from `num_states` prior draws,
-    of which the first updates look at some. It starts from the default solver of 6 steps and more on the grid of nfe + 1 steps, its first step replaced
-    by that of N(mean, sigma_data^2 I), which needs no evaluation.
+    of which the first updates look at some. It starts from what `adams` is in 2 to 8 steps: its rule of nfe + 1 steps less the first evaluation.
 
     The objective is the pseudo-Huber mean of the states' errors: a state that ends in another mode of the data is far off by chance, and
     would rule a mean square. A quarter of the states is held out: the best solver on these is returned, whose held-out error is
@@ -277,13 +276,13 @@ def fit_solver(
 
 @dataclasses.dataclass(frozen=True)
 class _Family:
-    """The default solver of 6 steps and more at free times, less its first evaluation, plus free factors, in the scale of the state's
+    """`adams` of nfe + 1 steps less its first evaluation (`linear.ahead`), at free times, plus free factors, in the scale of the state's
     marginal; for x less alpha centre."""
 
     sde: SDE
     nfe: int
     sigma_data: Any
-    times: Any  # the default's, of nfe + 1 steps
+    times: Any  # of nfe + 1 steps
 
     def start(self):
         """Zeros: of that solver itself, exact for N(centre, sigma_data^2 I)."""
@@ -300,17 +299,16 @@ class _Family:
         plain = Steps.of(self.sde, self.times, self.sigma_data)
         lengths = plain.h * jnp.exp(parameters["lengths"])
         inner = plain.half_log_snr[0] + jnp.cumsum(lengths * (plain.h.sum() / lengths.sum()))[:-1]
-        # Of the evaluations, and t_end.
-        times = jnp.concatenate([self.sde.time(2 * inner), self.times[-1:]])
-        steps = Steps.of(self.sde, times, self.sigma_data)
-        table = between_orders(steps)
-        before, c = (jnp.sqrt((s.alpha * self.sigma_data) ** 2 + s.sigma**2) for s in (plain, steps))
+        steps = Steps.of(self.sde, jnp.concatenate([self.times[:1], self.sde.time(2 * inner), self.times[-1:]]), self.sigma_data)
+        table = ahead(steps, between_orders(steps))
+        c = jnp.sqrt((steps.alpha * self.sigma_data) ** 2 + steps.sigma**2)[1:]
         rows, columns = self._places()
         history = jnp.zeros((n, columns.max() + 1)).at[rows, columns].set(parameters["history"]) * c[1:, None]
         history = history.at[:, : table.history.shape[1]].add(table.history[:, : history.shape[1]])
-        scale = jnp.ones(n).at[0].set(c[0] / before[0] * (1 + parameters["scale"]))
-        table = dataclasses.replace(table, state=table.state * (1 + parameters["state"]), history=history, scale=scale)
-        return table, jnp.concatenate([self.times[:1], times[1:]])
+        table = dataclasses.replace(
+            table, state=table.state * (1 + parameters["state"]), history=history, scale=table.scale.at[0].multiply(1 + parameters["scale"])
+        )
+        return table, jnp.delete(steps.time, 1)
 
 
 def _mean(x, target):

@@ -29,11 +29,7 @@ def _adams(steps, order):
 
 
 def between_orders(steps: Steps) -> Table:
-    """`adams` from 9 steps on, for any number of them."""
-    return centred(steps, _between(steps))
-
-
-def _between(steps):
+    """The rule of `adams`, for `centred` or `ahead`."""
     left = steps.num - np.arange(steps.num)
     order = np.minimum(orders(steps.num, 4), np.maximum(2, left - 1))
     space = angle_space(steps)
@@ -52,12 +48,12 @@ def adams(steps: Steps) -> Table:
     In 2 to 8 steps from noise, sigma > 10 alpha s, the first evaluation is within the first step instead of at its beginning, where it would tell
     the mean of the data and little else (`linear.ahead`).
     """
-    rule = between_orders(steps)
+    rule = centred(steps, between_orders(steps))
     if not FEW[0] <= steps.num <= FEW[1]:
         return rule
     inner = within_first(steps.sde, steps.time, steps.sigma_data)
     more = Steps.of(steps.sde, jnp.insert(steps.time, 1, inner), steps.sigma_data)
-    few = ahead(more, _between(more))
+    few = ahead(more, between_orders(more))
     rule = dataclasses.replace(rule, scale=jnp.ones_like(rule.time))
     rule, few = (_widen(table, max(rule.history.shape[1], few.history.shape[1])) for table in (rule, few))
     noise = jnp.exp(-steps.half_log_snr[0]) > 10 * steps.sigma_data
