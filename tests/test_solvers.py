@@ -492,13 +492,14 @@ def test_a_fit_moves_with_the_data():
 
 @pytest.mark.parametrize("nfe", [2, 5, 11])
 @pytest.mark.parametrize("sde", [sd.VP(), sd.VE(), ZERO_SNR], ids=["vp", "ve", "zero snr"])
-def test_the_start_of_a_fit_is_exact_for_a_gaussian(sde, nfe):
+@pytest.mark.parametrize("less", [1, 0])
+def test_the_start_of_a_fit_is_exact_for_a_gaussian(sde, nfe, less):
     """N(m, s^2 I): x_t - alpha m goes as the standard deviation of the marginal; so too where the first evaluation is away from t_max."""
     mean, s, shape = np.array([3.0, -1.0], np.float32), 0.4, (8, 2)
     oracle = sd.GaussianMixture.gaussian(mean, s**2 * np.eye(2))
-    family = learned._Family(sde, nfe, s, time_grid(sde, nfe + 1, sigma_data=s))
+    family = learned._Family(sde, nfe, s, time_grid(sde, nfe + less, sigma_data=s))
     table, times = family.build(family.start())
-    assert len(table.time) == nfe and float(times[0]) == sde.t_max and float(table.time[0]) < 0.999 * sde.t_max
+    assert len(table.time) == nfe and float(times[0]) == sde.t_max and (float(table.time[0]) < 0.999 * sde.t_max) == bool(less)
     x = sde.prior_sample(jax.random.key(0), shape)
     alpha, sigma = (np.asarray(f(times), np.float64)[[0, -1]] for f in (sde.alpha, sde.sigma))
     std = np.hypot(alpha * s, sigma)
@@ -511,12 +512,13 @@ def test_the_start_of_a_fit_is_exact_for_a_gaussian(sde, nfe):
         np.testing.assert_allclose(out, wanted, atol=3e-5)
 
 
-def test_the_equations_of_a_fit_are_those_of_the_whole_sampler():
+@pytest.mark.parametrize("less", [1, 0])
+def test_the_equations_of_a_fit_are_those_of_the_whole_sampler(less):
     """Taken row by row, they are those of the derivative through the scan: the gradient to rounding, the matrix in the mean over its
     random probes. Of 20 x 21 / 2 numbers, 5 standard errors of 100 draws are exceeded once in 10,000 tests."""
     sde, oracle, num, limit = sd.VP(), mixture(), 4, 1e-3
     score_fn, centre = oracle.score_fn(sde), jnp.asarray(oracle.mean(), jnp.float32)
-    family = learned._Family(sde, num, 0.5, time_grid(sde, num + 1))
+    family = learned._Family(sde, num, 0.5, time_grid(sde, num + less))
     theta, unravel = ravel_pytree(family.start())
     theta = theta + 0.05 * jax.random.normal(jax.random.key(0), theta.shape)
     x = sde.prior_sample(jax.random.key(1), (8, 2))
@@ -562,6 +564,24 @@ def test_a_fit_to_a_score_without_finite_derivatives_is_refused():
     score_fn.defjvp(lambda primals, tangents: (-primals[0], jnp.nan * tangents[0]))
     with pytest.raises(ValueError, match="derivatives of score_fn are not finite"):
         sd.fit_solver(score_fn, sd.VP(), jax.random.key(0), (16, 2), num_states=32, progress=False)
+
+
+def test_a_fit_goes_on_with_the_better_of_two_starts(monkeypatch):
+    sde, taken = sd.VP(), []
+
+    def descend(family, *_):
+        """A start from t_max that is the better one, as errors are told here."""
+        ahead = len(family.times) == 6
+        for update in range(1, 20):
+            taken.append(ahead)
+            yield np.full(8, 1e-9 / update * (2 if ahead else 1)), family.build(family.start()), 0
+
+    monkeypatch.setattr(learned, "_descend", descend)
+    solver = sd.fit_solver(mixture().score_fn(sde), sde, jax.random.key(0), (16, 2), nfe=4, num_states=32, max_updates=20, progress=False)
+    trial = learned._TRIAL
+    assert taken == [True, False] * trial + [False] * (20 - 2 * trial)
+    assert float(solver.table.time[0]) == sde.t_max
+    np.testing.assert_allclose(json.loads(solver.facts)["held_out_median"] ** 2, 1e-9 / (20 - trial), rtol=1e-6)
 
 
 @pytest.mark.parametrize(("nfe", "sigma_data"), [(5, 0.5), (9, 0.1)])

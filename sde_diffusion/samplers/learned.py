@@ -22,12 +22,14 @@ from jaxtyping import PRNGKeyArray
 from sde_diffusion.prediction import as_pytree, check_process
 from sde_diffusion.samplers.grid import check_t_end, time_grid
 from sde_diffusion.samplers.integrate import check_state
-from sde_diffusion.samplers.linear import Steps, Table, advance, ahead, begin, moved, run
+from sde_diffusion.samplers.linear import Steps, Table, advance, ahead, begin, centred, moved, run
 from sde_diffusion.samplers.ode import adams, between_orders, sample_ode
 from sde_diffusion.sde import SDE, check, known, pytree_dataclass
 
 # Random directions of each end point in which its derivatives are taken.
 _PROBES = 2
+# Updates of each start of a fit before the better one goes on alone.
+_TRIAL = 8
 # States that the first updates look at, in whole batches.
 _FIRST = 32
 # Errors of the states count by their squares up to about this many times the median square, and by their size beyond.
@@ -151,9 +153,9 @@ def fit_solver(
     """Fits a solver of `nfe` evaluations to a score function: the smallest end-point error |x - x_fine|.
 
     Fitted are the times, and factors of the state and of all evaluations so far (the last 6 where nfe > 10), for x and x0_hat about the mean of
-    the data, so that no factor is spent on where the data lies. The first time is free as well: no evaluation at t_max, where it would tell
-    that mean and little else. Levenberg-Marquardt does it, against solutions of `adams_4` in `fine_steps` steps from `num_states` prior draws,
-    of which the first updates look at some. It starts from what `adams` is in 2 to 8 steps: its rule of nfe + 1 steps less the first evaluation.
+    the data, so that no factor is spent on where the data lies. Levenberg-Marquardt does it, against solutions of `adams_4` in `fine_steps` steps
+    from `num_states` prior draws, of which the first updates look at some. It starts twice, and goes on with the better one: from `adams` as it is in
+    2 to 8 steps, the first evaluation at a free time within the first step, and as it is in more, the first evaluation at t_max.
 
     The objective is the pseudo-Huber mean of the states' errors: a state that ends in another mode of the data is far off by chance, and
     would rule a mean square. A quarter of the states is held out: the best solver on these is returned, whose held-out error is
@@ -205,9 +207,52 @@ def fit_solver(
     num_held = max(1, num_batches // 4)
     held_out, data = (x[:num_held], target[:num_held]), (x[num_held:], target[num_held:])
 
-    family = _Family(sde, nfe, sigma_data, time_grid(sde, nfe + 1, t_end=t_end, sigma_data=sigma_data))
-    theta, unravel = ravel_pytree(family.start())
     centre = _mean(*data) / sde.alpha(jnp.asarray(t_end, float))
+    default = functools.partial(
+        sample_ode, score_fn, sde, key, shape, num_steps=nfe, t_end=t_end, denoise=False, sigma_data=sigma_data
+    )
+    of_default = np.concatenate([_of_each(default(init=x), target) for x, target in zip(*held_out)])
+    families = [_Family(sde, nfe, sigma_data, time_grid(sde, num, t_end=t_end, sigma_data=sigma_data)) for num in (nfe + 1, nfe)]
+    fits = [_descend(family, score_fn, centre, data, held_out, jax.random.fold_in(key, 1), max_updates) for family in families]
+    found, trial = [None] * len(fits), _TRIAL * len(fits)
+    updates, ended_by, began = 0, "max_updates", time.monotonic()
+    with tqdm(total=max_updates, desc=f"fit nfe={nfe}, at most {seconds:g} s", disable=not progress) as bar:
+        for updates in range(1, max_updates + 1):
+            turn = (updates - 1) % len(fits) if updates <= trial else turn
+            found[turn] = next(fits[turn])
+            if updates == trial:
+                turn = _best(found)
+            bar.update()
+            bar.set_postfix_str(f"held-out error {np.sqrt(np.median(found[_best(found)][0]) / np.median(of_default)):.3f} of the default's")
+            if updates >= trial and found[turn][2] >= 8:
+                ended_by = "no more gain"
+                break
+            if time.monotonic() - began > seconds:
+                ended_by = "the time limit"
+                break
+    best, (table, times), _ = found[_best(found)]
+    if _best([(best,), (of_default,)]) == 1:
+        # Too few updates, or a sigma_data that is far off: nothing better than the default was found.
+        best, times, centre = of_default, time_grid(sde, nfe, "ahead", t_end, sigma_data), jnp.zeros(())
+        table = adams(Steps.of(sde, times, sigma_data))
+    facts = {
+        "sde": repr(sde), "nfe": int(nfe), "t_end": float(t_end), "sigma_data": float(sigma_data), "event_shape": list(shape[1:]),
+        "updates": updates, "ended_by": ended_by, "held_out_states": len(best), **_errors("", best), **_errors("_of_the_default", of_default),
+    }  # fmt: skip
+    return LearnedSolver(table, times, _process(sde), json.dumps(facts), centre)
+
+
+def _best(found) -> int:
+    """Which of some solvers has the smallest held-out errors: the first entry of each, if any."""
+    limit = _LIMIT * min(np.median(each[0]) for each in found if each)
+    return int(np.argmin([_pseudo_huber(each[0], limit) if each else np.inf for each in found]))
+
+
+def _descend(family, score_fn, centre, data, held_out, key, max_updates):
+    """Levenberg-Marquardt from the start of a family: after each update the held-out errors `(states,)` of the best solver so far, itself as
+    its table and times, and for how many updates there was no gain."""
+    theta, unravel = ravel_pytree(family.start())
+    sde, size = family.sde, data[0].shape[1]
     build = jax.jit(lambda theta: family.build(unravel(theta)))
     jacobian = jax.jit(jax.jacrev(lambda theta: _numbers(build(theta)[0], 1)))
 
@@ -219,75 +264,55 @@ def fit_solver(
         totals = [_normal_equations(*numbers, *part) for part in zip(*parts, jax.random.split(key, len(parts[0])))]
         return (sum(np.asarray(a, np.float64) for a in each) for each in zip(*totals))
 
-    default = functools.partial(
-        sample_ode, score_fn, sde, key, shape, num_steps=nfe, t_end=t_end, denoise=False, sigma_data=sigma_data
-    )
-    of_default = np.concatenate([_of_each(default(init=x), target) for x, target in zip(*held_out)])
     held = best = of_states(theta, held_out)
-    best_theta = theta
-    damping, idle, began = 1e-3, 0, time.monotonic()
+    best_theta, damping, idle = theta, 1e-3, 0
     # The first updates are rough: they look at a batch or a few, and later ones at twice as many wherever the gain ends.
-    some = [a[: -(-_FIRST // shape[0])] for a in data]
+    some = [a[: -(-_FIRST // size)] for a in data]
     here, better = of_states(theta, some), True
-    updates, ended_by = 0, "max_updates"
-    with tqdm(total=max_updates, desc=f"fit nfe={nfe}, at most {seconds:g} s", disable=not progress) as bar:
-        for updates, key_probes in enumerate(jax.random.split(jax.random.fold_in(key, 1), max_updates), 1):
-            if better:
-                limit = max(_LIMIT * np.median(here), 1e-30)
-                gradient, matrix = equations(theta, limit, some, key_probes)
-                check(bool(np.isfinite(matrix).all()), "the derivatives of score_fn are not finite at some state and time: a fit needs them")
-            # Several dampings at once; the errors choose among them.
-            dampings = damping * np.array([0.03, 0.3, 3.0, 30.0])
-            scale = np.diag(np.diag(matrix) + 1e-9 * np.trace(matrix))
-            moves = [np.linalg.solve(matrix + d * scale, -gradient) for d in dampings]
-            candidates = [theta + jnp.asarray(move, theta.dtype) for move in moves]
-            there = np.nan_to_num(np.stack([of_states(each, some) for each in candidates]), nan=np.inf)
-            values = _pseudo_huber(there, limit)
-            winner = int(values.argmin())
-            better = bool(values[winner] < _pseudo_huber(here, limit))
-            if better:
-                theta, damping, here = candidates[winner], dampings[winner], there[winner]
-                held = of_states(theta, held_out)
-            else:
-                damping = 100 * damping
-            gain = _pseudo_huber(held, limit) / _pseudo_huber(best, limit)
-            idle = 0 if gain < 0.98 else idle + 1
-            if gain < 1:
-                best, best_theta = held, theta
-            if gain > 0.94 and len(some[0]) < len(data[0]) and (better or idle >= 3):
-                some, idle, damping = [a[: 2 * len(some[0])] for a in data], 0, 1e-3
-                here, better = of_states(theta, some), True
-            bar.update()
-            bar.set_postfix_str(f"held-out error {np.sqrt(np.median(best) / np.median(of_default)):.3f} of the default's")
-            if idle >= 8 or time.monotonic() - began > seconds:
-                ended_by = "no more gain" if idle >= 8 else "the time limit"
-                break
-    table, times = family.build(unravel(best_theta))
-    if _pseudo_huber(of_default, limit) < _pseudo_huber(best, limit):
-        # Too few updates, or a sigma_data that is far off: nothing better than the default was found.
-        best, times, centre = of_default, time_grid(sde, nfe, "ahead", t_end, sigma_data), jnp.zeros(())
-        table = adams(Steps.of(sde, times, sigma_data))
-    facts = {
-        "sde": repr(sde), "nfe": int(nfe), "t_end": float(t_end), "sigma_data": float(sigma_data), "event_shape": list(shape[1:]),
-        "updates": updates, "ended_by": ended_by, "held_out_states": len(best), **_errors("", best), **_errors("_of_the_default", of_default),
-    }  # fmt: skip
-    return LearnedSolver(table, times, _process(sde), json.dumps(facts), centre)
+    for key_probes in jax.random.split(key, max_updates):
+        if better:
+            limit = max(_LIMIT * np.median(here), 1e-30)
+            gradient, matrix = equations(theta, limit, some, key_probes)
+            check(bool(np.isfinite(matrix).all()), "the derivatives of score_fn are not finite at some state and time: a fit needs them")
+        # Several dampings at once; the errors choose among them.
+        dampings = damping * np.array([0.03, 0.3, 3.0, 30.0])
+        scale = np.diag(np.diag(matrix) + 1e-9 * np.trace(matrix))
+        moves = [np.linalg.solve(matrix + d * scale, -gradient) for d in dampings]
+        candidates = [theta + jnp.asarray(move, theta.dtype) for move in moves]
+        there = np.nan_to_num(np.stack([of_states(each, some) for each in candidates]), nan=np.inf)
+        values = _pseudo_huber(there, limit)
+        winner = int(values.argmin())
+        better = bool(values[winner] < _pseudo_huber(here, limit))
+        if better:
+            theta, damping, here = candidates[winner], dampings[winner], there[winner]
+            held = of_states(theta, held_out)
+        else:
+            damping = 100 * damping
+        gain = _pseudo_huber(held, limit) / _pseudo_huber(best, limit)
+        idle = 0 if gain < 0.98 else idle + 1
+        if gain < 1:
+            best, best_theta = held, theta
+        if gain > 0.94 and len(some[0]) < len(data[0]) and (better or idle >= 3):
+            some, idle, damping = [a[: 2 * len(some[0])] for a in data], 0, 1e-3
+            here, better = of_states(theta, some), True
+        yield best, build(best_theta), idle
 
 
 @dataclasses.dataclass(frozen=True)
 class _Family:
-    """`adams` of nfe + 1 steps less its first evaluation (`linear.ahead`), at free times, plus free factors, in the scale of the state's
-    marginal; for x less alpha centre."""
+    """The rule of `adams` at free times, plus free factors, in the scale of the state's marginal; for x less alpha centre. On a grid of nfe + 1
+    steps less its first evaluation, as in few steps (`linear.ahead`)."""
 
     sde: SDE
     nfe: int
     sigma_data: Any
-    times: Any  # of nfe + 1 steps
+    times: Any  # of nfe or nfe + 1 steps
 
     def start(self):
-        """Zeros: of that solver itself, exact for N(centre, sigma_data^2 I)."""
+        """Zeros: of that rule itself, exact for N(centre, sigma_data^2 I)."""
         n = self.nfe
-        return {"lengths": jnp.zeros(n + 1), "scale": jnp.zeros(()), "state": jnp.zeros(n), "history": jnp.zeros(len(self._places()[0]))}
+        lengths = jnp.zeros(len(self.times) - 1)
+        return {"lengths": lengths, "scale": jnp.zeros(()), "state": jnp.zeros(n), "history": jnp.zeros(len(self._places()[0]))}
 
     def _places(self):
         """Rows and columns of the free factors: all evaluations so far, the last 6 of long solvers."""
@@ -300,15 +325,16 @@ class _Family:
         lengths = plain.h * jnp.exp(parameters["lengths"])
         inner = plain.half_log_snr[0] + jnp.cumsum(lengths * (plain.h.sum() / lengths.sum()))[:-1]
         steps = Steps.of(self.sde, jnp.concatenate([self.times[:1], self.sde.time(2 * inner), self.times[-1:]]), self.sigma_data)
-        table = ahead(steps, between_orders(steps))
-        c = jnp.sqrt((steps.alpha * self.sigma_data) ** 2 + steps.sigma**2)[1:]
+        less, rule = steps.num - n, between_orders(steps)
+        table = ahead(steps, rule) if less else dataclasses.replace(centred(steps, rule), scale=jnp.ones(n))
+        c = jnp.sqrt((steps.alpha * self.sigma_data) ** 2 + steps.sigma**2)[-n:]
         rows, columns = self._places()
-        history = jnp.zeros((n, columns.max() + 1)).at[rows, columns].set(parameters["history"]) * c[1:, None]
+        history = jnp.zeros((n, columns.max() + 1)).at[rows, columns].set(parameters["history"]) * c[:, None]
         history = history.at[:, : table.history.shape[1]].add(table.history[:, : history.shape[1]])
         table = dataclasses.replace(
             table, state=table.state * (1 + parameters["state"]), history=history, scale=table.scale.at[0].multiply(1 + parameters["scale"])
         )
-        return table, jnp.delete(steps.time, 1)
+        return table, jnp.delete(steps.time, 1) if less else steps.time
 
 
 def _mean(x, target):
@@ -367,7 +393,9 @@ def _normal_equations(table, times, jacobian, limit, score_fn, sde, centre, x, t
     parts = 0.0
     for i, row in reversed(list(enumerate(rows))):
         of_row, cotangents = _pull(row, i, score_fn, sde, centre, carries.pop(), cotangents)
-        parts = parts + jnp.matmul(_numbers(of_row, 2), jacobian[i], precision="highest")
+        # At zero SNR a score may have no derivative by the time, t_max, which no parameter moves.
+        numbers = jnp.where((jacobian[i] != 0).any(axis=-1), _numbers(of_row, 2), 0.0)
+        parts = parts + jnp.matmul(numbers, jacobian[i], precision="highest")
     gradients, probed = parts[:, 0], jnp.sqrt(weight)[:, None, None] * parts[:, 1:]
     probed = probed.reshape(-1, probed.shape[-1])
     return weight @ gradients, jnp.matmul(probed.T, probed, precision="highest") / _PROBES
