@@ -176,7 +176,7 @@ def _flow(score_fn, sde, x, probes, *, rtol, atol, t_end, max_steps, method, num
     times = None
     if num_steps is not None or grid is not None:
         grid = "student" if grid is None else grid
-        times = resolve_grid(sde, grid, 18 if num_steps is None else num_steps, t_end, sigma_data, from_prior=True)
+        times = resolve_grid(sde, grid, 18 if num_steps is None else num_steps, t_end, sigma_data, math.prod(x.shape[1:]), from_prior=True)
         times, t_end = times.astype(dtype), times[-1]
     t_end = check_t_end(sde, t_end) if times is None else t_end
     # A CPU's products are in full precision anyway, and asking for it makes them slower.

@@ -312,7 +312,7 @@ def test_a_grid_of_ones_own():
 
     by_name = sample(num_steps=12)
     traced = len(traces)
-    np.testing.assert_allclose(sample(grid=sd.time_grid(sde, 12)), by_name, rtol=1e-5)
+    np.testing.assert_allclose(sample(grid=sd.time_grid(sde, 12, "ahead", event_size=2)), by_name, rtol=1e-5)
     other = sample(grid=jnp.linspace(1.0, 0.01, 13))
     assert sample(num_steps=12, grid="log_snr", t_end=0.1).shape == (5, 2)
     assert len(traces) == traced > 0
@@ -488,9 +488,9 @@ def vp_call(function=sd.sample_ode, **options):
         (vp_call(t_end=1.0), ["t_end=1.0", "VP"]),
         (vp_call(grid=jnp.array([0.1, 0.5, 1.0])), ["decreasing", "reverse"]),
         (vp_call(grid=jnp.array([1.0, 0.5, 0.5])), ["decreasing", "repeated"]),
-        (lambda: resolve_grid(SDES["vp"], np.array([1.0, 0.5, 0.5 - 1e-10]), 2, None, 0.5, True), ["decreasing", "repeated in float32"]),
+        (lambda: resolve_grid(SDES["vp"], np.array([1.0, 0.5, 0.5 - 1e-10]), 2, None, 0.5, 1, True), ["decreasing", "repeated in float32"]),
         (vp_call(grid=jnp.array([1.0, np.nan])), ["grid holds NaN"]),
-        (lambda: resolve_grid(SDES["vp"], ["edm", "uniform"], 2, None, 0.5, True), ["1-D array of at least 2 decreasing times", "student"]),
+        (lambda: resolve_grid(SDES["vp"], ["edm", "uniform"], 2, None, 0.5, 1, True), ["1-D array of at least 2 decreasing times", "student"]),
         (vp_call(grid=jnp.array([2.0, 0.5])), ["2", "outside", "VP", "1.0"]),
         (vp_call(grid=jnp.array([1.0, 0.0])), ["outside", "1e-05"]),
         (vp_call(grid=jnp.array([1.0])), ["(1,)", "at least 2"]),

@@ -12,11 +12,15 @@ from sde_diffusion.sde import SDE, Number, check, known
 from sde_diffusion.times import lowest_log_snr
 
 
-def _uniform(sde, t0, t1, u, s):
+# Numbers in an event, where nothing else is said.
+_SIZE = 64
+
+
+def _uniform(sde, t0, t1, u, s, size):
     return t0 + (t1 - t0) * u
 
 
-def _quadratic(sde, t0, t1, u, s):
+def _quadratic(sde, t0, t1, u, s, size):
     return (jnp.sqrt(t0) + (jnp.sqrt(t1) - jnp.sqrt(t0)) * u) ** 2
 
 
@@ -26,22 +30,23 @@ def _ends(sde, t0, t1, s):
     return jnp.maximum(first, jnp.minimum(lowest_log_snr(s), last - 1)), last
 
 
-def _log_snr(sde, t0, t1, u, s):
+def _log_snr(sde, t0, t1, u, s, size):
     first, last = _ends(sde, t0, t1, s)
     return sde.time(first + (last - first) * u)
 
 
-def _edm(sde, t0, t1, u, s, rho=7.0):
+def _edm(sde, t0, t1, u, s, size, rho=7.0):
     first, last = (jnp.exp(-log_snr / (2 * rho)) for log_snr in _ends(sde, t0, t1, s))
     return sde.time(-2 * rho * jnp.log(first + (last - first) * u))
 
 
-def _student_quantiles(sde, t1, s):
+def _student_quantiles(sde, t1, s, size):
     """Two functions, log-SNR -> quantile in [-1, 1], falling, and back: of log(sigma / alpha), by Student's distribution."""
-    # With 2 degrees of freedom F(z) = (1 + z / sqrt(2 + z^2)) / 2. A process that ends early leaves no time in
-    # which errors of its last steps could contract: they are shorter.
+    # With 2 degrees of freedom F(z) = (1 + z / sqrt(2 + z^2)) / 2. Data takes shape while sigma is of the distances between its modes, which
+    # at the same s grow with the dimensions. A process that ends early leaves no time in which errors of its last steps could contract: they
+    # are shorter.
     early = jnp.clip(0.4 * (5.5 - 0.5 * sde.log_snr(t1) - jnp.log(s)), 0.0, 1.0)
-    centre, below = jnp.log((1.8 - 0.5 * early) * s), 2.1 + 0.4 * early
+    centre, below = jnp.log(0.65 * size**0.2 * (1 - 0.28 * early) * s), 2.1 + 0.4 * early
 
     def width(side):
         return jnp.where(side > 0, 2.0, below)
@@ -53,57 +58,57 @@ def _student_quantiles(sde, t1, s):
     return quantile, lambda q: -2 * (centre + width(q) * q * jnp.sqrt(2 / (1 - q**2)))
 
 
-def _student(sde, t0, t1, u, s):
-    quantile, log_snr = _student_quantiles(sde, t1, s)
+def _student(sde, t0, t1, u, s, size):
+    quantile, log_snr = _student_quantiles(sde, t1, s, size)
     first, last = (quantile(end) for end in _ends(sde, t0, t1, s))
     return sde.time(log_snr(first + (last - first) * u))
 
 
-def _tapered(sde, t0, t1, u, s):
+def _tapered(sde, t0, t1, u, s, size):
     # A multistep method's first step has no history, and nothing corrects its last: both are shorter, the last more so in long runs.
     lengths = np.ones(len(u) - 1)
     lengths[0] -= 0.1
     lengths[-1] -= max(0.0, 0.5 - 3 / len(lengths))
-    return _student(sde, t0, t1, jnp.asarray(np.concatenate([[0.0], np.cumsum(lengths) / lengths.sum()]), u.dtype), s)
+    return _student(sde, t0, t1, jnp.asarray(np.concatenate([[0.0], np.cumsum(lengths) / lengths.sum()]), u.dtype), s, size)
 
 
 # Numbers of steps in which the first evaluation is ahead of the first time, in `adams` and on its grid.
-FEW = (2, 8)
+FEW = (2, 20)
 
 
-def _ahead(sde, t0, t1, u, s):
+def _ahead(sde, t0, t1, u, s, size):
     # Few steps of a method whose first evaluation is within its first step: two steps in one.
     num = len(u) - 1
     if not FEW[0] <= num <= FEW[1]:
-        return _tapered(sde, t0, t1, u, s)
-    return jnp.delete(_tapered(sde, t0, t1, jnp.zeros(num + 2, u.dtype), s), 1)
+        return _tapered(sde, t0, t1, u, s, size)
+    return jnp.delete(_tapered(sde, t0, t1, jnp.zeros(num + 2, u.dtype), s, size), 1)
 
 
 def within_first(sde: SDE, times: Float[Array, " times"], sigma_data: Number) -> Float[Array, ""]:
-    """The time within the first step of a grid that "ahead" leaves out: where "tapered" has it."""
-    quantile, log_snr = _student_quantiles(sde, times[-1], sigma_data)
+    """The time within the first step of a grid that "ahead" leaves out: where "tapered" has it, next to independent of the size of an event."""
+    quantile, log_snr = _student_quantiles(sde, times[-1], sigma_data, _SIZE)
     first, second = (quantile(end) for end in _ends(sde, times[0], times[1], sigma_data))
     return sde.time(log_snr(first + (second - first) * 0.9 / 1.9))
 
 
-# (sde, first time, last time, u in [0, 1], standard deviation of the data) -> times.
+# (sde, first time, last time, u in [0, 1], standard deviation of the data, size of an event) -> times.
 GRIDS = {"ahead": _ahead, "tapered": _tapered, "student": _student, "uniform": _uniform, "quadratic": _quadratic, "log_snr": _log_snr, "edm": _edm}
 
 
 def time_grid(
-    sde: SDE, num_steps: int, kind: str = "tapered", t_end: float | None = None, sigma_data: Number = 0.5
+    sde: SDE, num_steps: int, kind: str = "tapered", t_end: float | None = None, sigma_data: Number = 0.5, event_size: int = _SIZE
 ) -> Float[Array, " times"]:
     """num_steps + 1 decreasing times from `sde.t_max` to t_end (`sde.t_min` by default).
 
     kind: "student": log(sigma / alpha) at equal quantiles of Student's t distribution (2 degrees of freedom,
-    scale 2 above and 2.1 below) around log(1.8 sigma_data): most steps where the data takes shape; for an end between
-    e^-5.5 and e^-3 sigma_data the centre moves to 1.3 sigma_data and the lower scale to 2.5. "tapered",
+    scale 2 above and 2.1 below) around log(0.65 event_size^(1/5) sigma_data): most steps where the data takes shape; for an end between
+    e^-5.5 and e^-3 sigma_data the centre moves to 0.72 of that and the lower scale to 2.5. "tapered",
     the default: the same, but the first step covers 0.9 of the others' share of these quantiles, the last of N > 6 steps 1/2 + 3/N; for
-    multistep methods. "ahead": "tapered", but 2 to 8 steps are those of one step more without its second time; for "adams".
+    multistep methods. "ahead": "tapered", but 2 to 20 steps are those of one step more without its second time; for "adams".
     "edm": uniform in (sigma / alpha)^(1/7) (arXiv:2206.00364 eq. 5); "log_snr": uniform in lambda (arXiv:2206.00927 section 3.2); "uniform" in t;
     "quadratic": uniform in sqrt(t) (arXiv:2010.02502 appendix D.2). Those that go by the SNR begin at a lambda of -20 at the lowest (less
     2 log sigma_data where that is above 1), where nothing is left of the data; t_max takes the place of that time.
-    sigma_data: the standard deviation of the data.
+    sigma_data: the standard deviation of the data. event_size: the numbers in an event, of which the distances between modes depend.
 
     Raises:
       ValueError: unknown kind, num_steps < 1, sigma_data not positive, t_end outside [t_train, t_max), or times so close that they
@@ -115,7 +120,7 @@ def time_grid(
         f"num_steps={num_steps!r} must be an integer of at least 1; 20 to 50 is usual for an ODE sampler",
     )
     check_sigma_data(sigma_data)
-    times = _fill(fn, sde, check_t_end(sde, t_end), sigma_data, num_steps)
+    times = _fill(fn, sde, check_t_end(sde, t_end), sigma_data, float(event_size), num_steps)
     check(
         (times[1:] < times[:-1]).all(),
         f"grid {kind!r} of {num_steps} steps repeats times of {type(sde).__name__} in {times.dtype}: take fewer steps, or pass an array",
@@ -124,9 +129,9 @@ def time_grid(
 
 
 @functools.partial(jax.jit, static_argnames=("fn", "num_steps"))
-def _fill(fn, sde, t_end, sigma_data, num_steps):
+def _fill(fn, sde, t_end, sigma_data, event_size, num_steps):
     t0, t1 = jnp.asarray(sde.t_max, float), jnp.asarray(t_end, float)
-    grid = fn(sde, t0, t1, jnp.linspace(0.0, 1.0, num_steps + 1), sigma_data)
+    grid = fn(sde, t0, t1, jnp.linspace(0.0, 1.0, num_steps + 1), sigma_data, event_size)
     # The ends are exact, whatever the map between lambda and t rounds to.
     return grid.at[0].set(t0).at[-1].set(t1)
 
@@ -154,14 +159,14 @@ def check_t_end(sde: SDE, t_end):
 
 
 def resolve_grid(
-    sde: SDE, grid, num_steps: int, t_end: float | None, sigma_data: Number, from_prior: bool
+    sde: SDE, grid, num_steps: int, t_end: float | None, sigma_data: Number, event_size: int, from_prior: bool
 ) -> Float[Array, " times"]:
     """A grid by name through `time_grid`, or the given array after a check that it decreases within the SDE's range.
 
     from_prior: the grid must begin at t_max, where the prior belongs.
     """
     if isinstance(grid, str):
-        return time_grid(sde, num_steps, grid, t_end, sigma_data)
+        return time_grid(sde, num_steps, grid, t_end, sigma_data, event_size)
     times = grid if isinstance(grid, jax.core.Tracer) else np.asarray(grid)
     check(
         times.ndim == 1 and times.shape[0] >= 2 and jnp.issubdtype(times.dtype, np.number) and not jnp.issubdtype(times.dtype, np.complexfloating),

@@ -1,6 +1,7 @@
 """What all fixed-grid samplers share: the checks of their input, and the compiled run of a solver's table."""
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -29,7 +30,8 @@ def integrate(
         grid = solver.times
     if grid is None:
         grid = getattr(solver, "grid", "student")
-    times = resolve_grid(sde, grid, 18 if num_steps is None else num_steps, t_end, sigma_data, from_prior=init is None)
+    size = math.prod(check_shape(shape)[1:])
+    times = resolve_grid(sde, grid, 18 if num_steps is None else num_steps, t_end, sigma_data, size, from_prior=init is None)
     # A prior draw belongs to t_max; so may a state, where its time is not known.
     t_start = None if init is None or isinstance(times, jax.core.Tracer) else times[0]
     shape, init = check_state(score_fn, sde, key, shape, init, t_start)
@@ -57,11 +59,16 @@ def find(methods: dict[str, Solver], method, kind: str) -> Solver:
     return lookup(methods, method, kind)
 
 
-def check_state(score_fn, sde: SDE, key, shape, init, t_start=None):
-    """(shape, init) as a tuple and an array of float32 or wider, or a ValueError: what every sampler asks of its start, t_max by default."""
+def check_shape(shape) -> tuple[int, ...]:
+    """The shape as a tuple, or a ValueError where it is not (batch, *event)."""
     if isinstance(shape, int) or len(shape) < 2 or min(shape) < 1:
         raise ValueError(f"shape={shape} must be (batch, *event) with at least one event axis, all positive")
-    shape, init = tuple(shape), None if init is None else jnp.asarray(init)
+    return tuple(shape)
+
+
+def check_state(score_fn, sde: SDE, key, shape, init, t_start=None):
+    """(shape, init) as a tuple and an array of float32 or wider, or a ValueError: what every sampler asks of its start, t_max by default."""
+    shape, init = check_shape(shape), None if init is None else jnp.asarray(init)
     if init is not None and init.shape != shape:
         raise ValueError(f"init has shape {init.shape} but shape={shape} was asked for; make them equal")
     if init is not None:

@@ -1,6 +1,7 @@
 """Annealed Langevin dynamics (arXiv:1907.05600 algorithm 1): no reverse process, Langevin steps at one noise level after another."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from sde_diffusion.prediction import as_pytree, check_process, predict, score
 from sde_diffusion.samplers.grid import resolve_grid
-from sde_diffusion.samplers.integrate import check_state
+from sde_diffusion.samplers.integrate import check_shape, check_state
 from sde_diffusion.sde import SDE, Number, check
 
 
@@ -60,7 +61,7 @@ def sample_langevin(
     check_process(score_fn, sde)
     if sigma_data is None:
         sigma_data = getattr(score_fn, "sigma_data", 0.5)
-    times = resolve_grid(sde, grid, num_levels - 1, t_end, sigma_data, from_prior=init is None)
+    times = resolve_grid(sde, grid, num_levels - 1, t_end, sigma_data, math.prod(check_shape(shape)[1:]), from_prior=init is None)
     shape, init = check_state(score_fn, sde, key, shape, init)
     return _run(
         as_pytree(score_fn), sde, key, times, init, step_size, shape=shape, steps=steps_per_level, denoise=denoise,

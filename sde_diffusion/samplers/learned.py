@@ -155,7 +155,7 @@ def fit_solver(
     Fitted are the times, and factors of the state and of all evaluations so far (the last 6 where nfe > 10), for x and x0_hat about the mean of
     the data, so that no factor is spent on where the data lies. Levenberg-Marquardt does it, against solutions of `adams_4` in `fine_steps` steps
     from `num_states` prior draws, of which the first updates look at some. It starts twice, and goes on with the better one: from `adams` as it is in
-    2 to 8 steps, the first evaluation at a free time within the first step, and as it is in more, the first evaluation at t_max.
+    2 to 20 steps, the first evaluation at a free time within the first step, and as it is in more, the first evaluation at t_max.
 
     The objective is the pseudo-Huber mean of the states' errors: a state that ends in another mode of the data is far off by chance, and
     would rule a mean square. A quarter of the states is held out: the best solver on these is returned, whose held-out error is
@@ -212,7 +212,8 @@ def fit_solver(
         sample_ode, score_fn, sde, key, shape, num_steps=nfe, t_end=t_end, denoise=False, sigma_data=sigma_data
     )
     of_default = np.concatenate([_of_each(default(init=x), target) for x, target in zip(*held_out)])
-    families = [_Family(sde, nfe, sigma_data, time_grid(sde, num, t_end=t_end, sigma_data=sigma_data)) for num in (nfe + 1, nfe)]
+    grid = functools.partial(time_grid, sde, t_end=t_end, sigma_data=sigma_data, event_size=math.prod(shape[1:]))
+    families = [_Family(sde, nfe, sigma_data, grid(num)) for num in (nfe + 1, nfe)]
     fits = [_descend(family, score_fn, centre, data, held_out, jax.random.fold_in(key, 1), max_updates) for family in families]
     found, trial = [None] * len(fits), _TRIAL * len(fits)
     updates, ended_by, began = 0, "max_updates", time.monotonic()
@@ -233,7 +234,7 @@ def fit_solver(
     best, (table, times), _ = found[_best(found)]
     if _best([(best,), (of_default,)]) == 1:
         # Too few updates, or a sigma_data that is far off: nothing better than the default was found.
-        best, times, centre = of_default, time_grid(sde, nfe, "ahead", t_end, sigma_data), jnp.zeros(())
+        best, times, centre = of_default, grid(nfe, "ahead"), jnp.zeros(())
         table = adams(Steps.of(sde, times, sigma_data))
     facts = {
         "sde": repr(sde), "nfe": int(nfe), "t_end": float(t_end), "sigma_data": float(sigma_data), "event_shape": list(shape[1:]),

@@ -45,7 +45,7 @@ def adams(steps: Steps) -> Table:
     It predicts by three quarters of Adams-Bashforth of order 4 and one of order 3: networks are less smooth than exact scores,
     and high orders amplify that. The last three steps are of orders 2 and 1: they are long beside the finest structure of the data, and the
     network's own error outweighs what higher orders gain. Order 2 is that of the last step, which is not corrected.
-    In 2 to 8 steps from noise, sigma > 10 alpha s, the first evaluation is within the first step instead of at its beginning, where it would tell
+    In 2 to 20 steps from noise, sigma > 10 alpha s, the first evaluation is within the first step instead of at its beginning, where it would tell
     the mean of the data and little else (`linear.ahead`).
     """
     rule = centred(steps, between_orders(steps))
