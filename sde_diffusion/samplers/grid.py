@@ -12,7 +12,7 @@ from sde_diffusion.sde import SDE, Number, check, known
 from sde_diffusion.times import lowest_log_snr
 
 
-# Numbers in an event, where nothing else is said.
+# How many numbers an event holds, where nothing is said of it.
 _SIZE = 64
 
 
@@ -42,8 +42,8 @@ def _edm(sde, t0, t1, u, s, size, rho=7.0):
 
 def _student_quantiles(sde, t1, s, size):
     """Two functions, log-SNR -> quantile in [-1, 1], falling, and back: of log(sigma / alpha), by Student's distribution."""
-    # With 2 degrees of freedom F(z) = (1 + z / sqrt(2 + z^2)) / 2. Data takes shape while sigma is of the distances between its modes, which
-    # at the same s grow with the dimensions. A process that ends early leaves no time in which errors of its last steps could contract: they
+    # With 2 degrees of freedom F(z) = (1 + z / sqrt(2 + z^2)) / 2. Data takes shape while sigma is about the distance between its modes, which for
+    # the same s grows with the dimensions. A process that ends early leaves no time in which errors of its last steps could contract: they
     # are shorter.
     early = jnp.clip(0.4 * (5.5 - 0.5 * sde.log_snr(t1) - jnp.log(s)), 0.0, 1.0)
     centre, below = jnp.log(0.65 * size**0.2 * (1 - 0.28 * early) * s), 2.1 + 0.4 * early
@@ -85,7 +85,7 @@ def _ahead(sde, t0, t1, u, s, size):
 
 
 def within_first(sde: SDE, times: Float[Array, " times"], sigma_data: Number) -> Float[Array, ""]:
-    """The time within the first step of a grid that "ahead" leaves out: where "tapered" has it, next to independent of the size of an event."""
+    """The time within the first step of a grid that "ahead" leaves out: where "tapered" has it, whatever the size of an event, which hardly moves it."""
     quantile, log_snr = _student_quantiles(sde, times[-1], sigma_data, _SIZE)
     first, second = (quantile(end) for end in _ends(sde, times[0], times[1], sigma_data))
     return sde.time(log_snr(first + (second - first) * 0.9 / 1.9))
@@ -108,10 +108,10 @@ def time_grid(
     "edm": uniform in (sigma / alpha)^(1/7) (arXiv:2206.00364 eq. 5); "log_snr": uniform in lambda (arXiv:2206.00927 section 3.2); "uniform" in t;
     "quadratic": uniform in sqrt(t) (arXiv:2010.02502 appendix D.2). Those that go by the SNR begin at a lambda of -20 at the lowest (less
     2 log sigma_data where that is above 1), where nothing is left of the data; t_max takes the place of that time.
-    sigma_data: the standard deviation of the data. event_size: the numbers in an event, of which the distances between modes depend.
+    sigma_data: the standard deviation of the data. event_size: how many numbers an event holds; the distances between its modes grow with it.
 
     Raises:
-      ValueError: unknown kind, num_steps < 1, sigma_data not positive, t_end outside [t_train, t_max), or times so close that they
+      ValueError: unknown kind, num_steps < 1, sigma_data not positive, event_size < 1, t_end outside [t_train, t_max), or times so close that they
         are equal.
     """
     fn = lookup(GRIDS, kind, "grid")
@@ -120,6 +120,7 @@ def time_grid(
         f"num_steps={num_steps!r} must be an integer of at least 1; 20 to 50 is usual for an ODE sampler",
     )
     check_sigma_data(sigma_data)
+    check(event_size >= 1, f"event_size={event_size} must be at least 1: how many numbers an event holds")
     times = _fill(fn, sde, check_t_end(sde, t_end), sigma_data, float(event_size), num_steps)
     check(
         (times[1:] < times[:-1]).all(),

@@ -1,8 +1,8 @@
 """Solvers fitted to a model: the coefficients and times of a linear solver, against the model's own fine solutions.
 
 The family is that of Bespoke Non-Stationary solvers (arXiv:2403.01329): any times, any factors of all evaluations so far.
-It contains every solver of `sample_ode` with one evaluation a step. It is taken about the mean of the data, and so that the first evaluation too is at
-a free time: at t_max it would tell next to nothing but that mean. Also in this literature: arXiv:2405.15506 (LD3), arXiv:2502.17423
+It contains every solver of `sample_ode` with one evaluation a step. It is taken about the mean of the data. The first evaluation too may be at a
+free time: at t_max it would tell next to nothing but that mean. Also in this literature: arXiv:2405.15506 (LD3), arXiv:2502.17423
 (S4S), arXiv:2404.14507 (Align Your Steps).
 """
 
