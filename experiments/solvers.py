@@ -1,13 +1,14 @@
 """Every solver's error over its number of network evaluations, on problems whose solutions are known.
 
-    python -m experiments.solvers [--bench=FOLDER] [--out=FOLDER] [--learned] [--mixtures=N [--states=256]]
+    python -m experiments.solvers [--bench=FOLDER] [--out=FOLDER] [--learned] [--mixtures=N [--first=100]] [--plane] [--states=256]
 
 The main problem is a 10-component Gaussian mixture in 64 dimensions, fitted to the handwritten digits, under VE noise from 80 to
 0.002; the error is the root-mean-square distance of the end points to those of the exact flow. With --bench the mixture, the
 256 start states and their exact end points come from `gmm_digits.npz` and `gmm_digits_x.npy` in that folder; without, a
 mixture is fitted by scikit-learn, and an 8th-order adaptive solver gives the end points. With the extra `bench` installed
 (torch, diffusers), diffusers' solvers run on the same states. With --mixtures the default solver, and with --learned as well
-fitted ones, run on N random mixtures in 2 to 128 dimensions under VE and VP noise, beside the best of diffusers' solvers.
+fitted ones, run on N random mixtures in 2 to 128 dimensions under VE and VP noise, of seeds from --first on, beside the best of diffusers'
+solvers; with --plane on small tight clusters in one and two dimensions.
 Prints tables, writes solvers.json and solvers.png to --out.
 """
 
@@ -103,8 +104,29 @@ def random_mixture(seed: int, num: int = 256) -> Problem:
     weights = rng.dirichlet(np.full(components, 3.0))
     sde = [ve(), ve(0.01, 50.0), sd.VP()][int(rng.integers(3))]
     start = np.asarray(sde.prior_sample(jax.random.key(seed), (num, dim)), np.float64)
-    name = f"{components} in {dim}d, {type(sde).__name__}"
+    name = f"{seed}: {components} in {dim}d, {type(sde).__name__}"
     return solve(name, sde, weights, means, covariances, start)
+
+
+def clusters_in_the_plane(num: int = 256):
+    """Problems of `num` states: tight clusters on circles, lattices, a spiral and a line, under VE and VP noise."""
+    def circle(k, radius):
+        angle = 2 * np.pi * np.arange(k) / k
+        return radius * np.stack([np.cos(angle), np.sin(angle)], axis=1)
+
+    def lattice(k, apart):
+        return apart * (np.stack(np.meshgrid(np.arange(k), np.arange(k)), axis=-1).reshape(-1, 2) - (k - 1) / 2)
+
+    turn = np.linspace(1, 3 * np.pi, 24)
+    places = {
+        "circle of 6": (circle(6, 1.5), 0.15), "circle of 8": (circle(8, 4.0), 0.3), "circle of 8, tight": (circle(8, 2.0), 0.05),
+        "lattice of 9": (lattice(3, 2.0), 0.2), "lattice of 25": (lattice(5, 1.0), 0.1),
+        "spiral": (turn[:, None] / 5 * np.stack([np.cos(turn), np.sin(turn)], axis=1), 0.1), "two on a line": (np.array([[-1.0], [1.0]]), 0.1),
+    }  # fmt: skip
+    for (name, (means, deviation)), sde in itertools.product(places.items(), (ve(), sd.VP())):
+        k, dim = means.shape
+        start = np.asarray(sde.prior_sample(jax.random.key(0), (num, dim)), np.float64)
+        yield solve(f"{name}, {type(sde).__name__}", sde, np.full(k, 1 / k), means, np.tile(deviation**2 * np.eye(dim), (k, 1, 1)), start)
 
 
 def rmse(x, ends) -> float:
@@ -199,23 +221,22 @@ def best_peer(table, budget: int) -> float:
     return min(row[budget][0] for row in table.values())
 
 
-def generality(seeds, fit: bool, num: int = 256) -> dict[str, dict]:
-    """Ratios to the best peer on random mixtures of `num` states, printed a line each.
+def generality(problems, fit: bool) -> dict[str, dict]:
+    """Ratios to the best peer on each problem, printed a line each.
 
     A few states that end in another cluster rule the error where clusters are far: of 256 states it is a matter of luck, of thousands not.
     """
     out = {}
-    print("\nrandom mixtures: error over that of the best peer")
+    print("\nerror over that of the best peer")
     print(f"{'default solver':<28}" + "".join(f"{n:>8}" for n in BUDGETS), flush=True)
-    for seed in seeds:
-        problem = random_mixture(seed, num)
+    for problem in problems:
         best = peers(problem)
         row = {"default": {n: problem.error(num_steps=n) / best_peer(best, n) for n in BUDGETS}}
-        print(f"{seed:>3} {problem.name:<24}" + "".join(f"{v:8.2f}" for v in row["default"].values()), flush=True)
+        print(f"{problem.name:<28}" + "".join(f"{v:8.2f}" for v in row["default"].values()), flush=True)
         if fit:
             row["learned"] = {n: v["rmse"] / best_peer(best, n) for n, v in learned(problem).items()}
             print(f"{'    fitted':<28}" + "".join(f"{v:8.3f}" for v in row["learned"].values()), flush=True)
-        out[f"{seed}: {problem.name}"] = row
+        out[problem.name] = row
     for kind in row:
         ratios = np.array([list(r[kind].values()) for r in out.values()])
         print(f"{kind + ', geometric mean':<28}" + "".join(f"{v:8.2f}" for v in np.exp(np.log(ratios).mean(0))))
@@ -262,10 +283,12 @@ def main():
     parser.add_argument("--out", type=Path, default=Path("runs/solvers"))
     parser.add_argument("--learned", action="store_true", help="also fit solvers, a minute or two each")
     parser.add_argument("--mixtures", type=int, default=0, help="also this many random mixtures; needs the extra bench")
-    parser.add_argument("--states", type=int, default=256, help="of each random mixture; a few of them, near the divide of far clusters, rule its error")
+    parser.add_argument("--first", type=int, default=100, help="seed of the first of these")
+    parser.add_argument("--plane", action="store_true", help="also clusters in one and two dimensions; needs the extra bench")
+    parser.add_argument("--states", type=int, default=256, help="of each of these mixtures; a few of them, near the divide of far clusters, rule its error")
     options = parser.parse_args()
-    if options.mixtures > 0 and importlib.util.find_spec("diffusers") is None:
-        parser.error("--mixtures compares with diffusers, which is not installed: pip install -e '.[bench]'")
+    if (options.mixtures > 0 or options.plane) and importlib.util.find_spec("diffusers") is None:
+        parser.error("--mixtures and --plane compare with diffusers, which is not installed: pip install -e '.[bench]'")
     problem = digits(options.bench)
     print(f"{problem.name}: {len(problem.start)} states; {jax.devices()[0].platform}, JAX {jax.__version__}, Python {platform.python_version()}")
 
@@ -290,7 +313,9 @@ def main():
         print("\nfitted solvers, on states that the fit did not see")
         for n, row in fits.items():
             print(f"{n:>4} evaluations  RMSE {row['rmse']:.5f}  ({row['rmse'] / table['adams'][n][0]:.2f} of adams)  {row['seconds']:.0f} s")
-    unseen = generality(range(100, 100 + options.mixtures), options.learned, options.states) if options.mixtures > 0 else {}
+    seeds = range(options.first, options.first + options.mixtures)
+    unseen = generality((random_mixture(seed, options.states) for seed in seeds), options.learned) if seeds else {}
+    unseen |= generality(clusters_in_the_plane(options.states), options.learned) if options.plane else {}
     options.out.mkdir(parents=True, exist_ok=True)
     figures = {"problem": problem.name, "jax": jax.__version__, "ode": table, "diffusers": others, "sde": variances, "learned": fits, "mixtures": unseen}
     (options.out / "solvers.json").write_text(json.dumps(figures, indent=1) + "\n")
