@@ -474,7 +474,7 @@ def vp_call(function=sd.sample_ode, **options):
         (vp_call(sigma_data=0.0), ["sigma_data=0.0", "positive"]),
         (vp_call(sigma_data=np.inf), ["sigma_data=inf", "finite"]),
         (lambda: sd.time_grid(SDES["vp"], 5, sigma_data=-1.0), ["sigma_data=-1.0", "positive"]),
-        (lambda: sd.time_grid(SDES["vp"], 5, event_size=0), ["event_size=0", "at least 1"]),
+        (lambda: sd.time_grid(SDES["vp"], 5, event_size=0), ["event_size=0", "integer of at least 1"]),
         (vp_call(method=lambda steps: 3), ["must return a samplers.linear.Table, not int"]),
         (vp_call(sd.sample_sde, noise_level=np.inf), ["noise_level=inf", "finite"]),
         (vp_call(sd.sample_sde, noise_level=-1.0), ["noise_level=-1.0", "0 is the ODE"]),

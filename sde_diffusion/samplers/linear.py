@@ -285,7 +285,7 @@ def ahead(steps: Steps, table: Table) -> Table:
     """As `centred`, without the evaluation at the first time, which tells next to nothing but the mean; one row less: the project's own.
 
     The state is scaled to the second time, as for N(0, s^2 I), and evaluated there. What that tells is taken for the mean, from the first time on,
-    where there is nothing to interpolate yet. Exact for N(m, s^2 I) too: w is the same at every x. Where a direction of the data has a variance v of
+    where there is nothing to interpolate yet. With weight one exact for N(m, s^2 I) too: w is the same at every x. Where a direction of the data has a variance v of
     its own, the state evaluated is off by the share alpha^2 (v - s^2) / (2 sigma^2) of it: for few steps, from where sigma is many times alpha s.
     """
     share, whole = _told(steps, 1)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from sde_diffusion.samplers.grid import FEW, within_first
+from sde_diffusion.samplers.grid import asks_ahead, within_first
 from sde_diffusion.samplers.integrate import integrate
 from sde_diffusion.samplers.linear import (
     Solver, Steps, Table, adams_bashforth, adams_moulton, ahead, angle_space, centred, data_space, midpoint, multistep,
@@ -45,18 +45,18 @@ def adams(steps: Steps) -> Table:
     It predicts by three quarters of Adams-Bashforth of order 4 and one of order 3: networks are less smooth than exact scores,
     and high orders amplify that. The last three steps are of orders 2 and 1: they are long beside the finest structure of the data, and the
     network's own error outweighs what higher orders gain. Order 2 is that of the last step, which is not corrected.
-    In 2 to 20 steps from noise, sigma > 10 alpha s, the first evaluation is within the first step instead of at its beginning, where it would tell
-    the mean of the data and little else (`linear.ahead`).
+    In 2 to 20 steps from noise, sigma > 10 alpha s in up to 8 steps and 100 alpha s in 20, the first evaluation is within the first step instead of at
+    its beginning, where it would tell the mean of the data and little else (`linear.ahead`).
     """
     rule = centred(steps, between_orders(steps))
-    if not FEW[0] <= steps.num <= FEW[1]:
+    if not 2 <= steps.num <= 20:
         return rule
     inner = within_first(steps.sde, steps.time, steps.sigma_data)
     more = Steps.of(steps.sde, jnp.insert(steps.time, 1, inner), steps.sigma_data)
     few = ahead(more, between_orders(more))
     rule = dataclasses.replace(rule, scale=jnp.ones_like(rule.time))
     rule, few = (_widen(table, max(rule.history.shape[1], few.history.shape[1])) for table in (rule, few))
-    noise = jnp.exp(-steps.half_log_snr[0]) > 10 * steps.sigma_data
+    noise = asks_ahead(steps.half_log_snr[0], steps.num, steps.sigma_data)
     return jax.tree.map(lambda a, b: jnp.where(noise, a, b), few, rule)
 
 
