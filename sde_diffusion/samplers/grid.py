@@ -77,7 +77,7 @@ def asks_ahead(half_log_snr, num_steps: int, s):
 
     What that costs goes by (alpha s / sigma)^2 there, whatever the number of steps, of which more ask for less.
     """
-    return (2 <= num_steps <= 20) & (jnp.exp(-half_log_snr) > 10 * max(1.0, num_steps / 8) ** 2.5 * s)
+    return 2 <= num_steps <= 20 and jnp.exp(-half_log_snr) > 10 * max(1.0, num_steps / 8) ** 2.5 * s
 
 
 def _ahead(sde, t0, t1, u, s, size):

@@ -49,14 +49,14 @@ def adams(steps: Steps) -> Table:
     its beginning, where it would tell the mean of the data and little else (`linear.ahead`).
     """
     rule = centred(steps, between_orders(steps))
-    if not 2 <= steps.num <= 20:
+    noise = asks_ahead(steps.half_log_snr[0], steps.num, steps.sigma_data)
+    if noise is False:
         return rule
     inner = within_first(steps.sde, steps.time, steps.sigma_data)
     more = Steps.of(steps.sde, jnp.insert(steps.time, 1, inner), steps.sigma_data)
     few = ahead(more, between_orders(more))
     rule = dataclasses.replace(rule, scale=jnp.ones_like(rule.time))
     rule, few = (_widen(table, max(rule.history.shape[1], few.history.shape[1])) for table in (rule, few))
-    noise = asks_ahead(steps.half_log_snr[0], steps.num, steps.sigma_data)
     return jax.tree.map(lambda a, b: jnp.where(noise, a, b), few, rule)
 
 
