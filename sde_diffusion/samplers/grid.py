@@ -120,7 +120,7 @@ def time_grid(
     fn = lookup(GRIDS, kind, "grid")
     check(
         isinstance(num_steps, (int, np.integer)) and not isinstance(num_steps, bool) and num_steps >= 1,
-        f"num_steps={num_steps!r} must be an integer of at least 1; 20 to 50 is usual for an ODE sampler",
+        f"num_steps={num_steps!r} must be an integer of at least 1; 10 to 20 is usual for an ODE sampler",
     )
     check_sigma_data(sigma_data)
     whole = isinstance(event_size, (int, np.integer)) and event_size >= 1
@@ -190,7 +190,7 @@ def resolve_grid(
         check(
             times[0] <= sde.t_max * (1 + 1e-6) and times[-1] >= sde.t_train * (1 - 1e-6),
             f"grid runs from {times[0]:g} to {times[-1]:g}, outside the range [{sde.t_train}, {sde.t_max}] of "
-            f"{type(sde).__name__}; t_min={sde.t_min} is the usual end",
+            f"{type(sde).__name__}; t_max={sde.t_max} is the usual start and t_min={sde.t_min} the usual end",
         )
         check(
             not from_prior or times[0] >= sde.t_max * (1 - 1e-6),

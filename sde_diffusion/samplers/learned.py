@@ -65,6 +65,9 @@ class LearnedSolver:
     def __call__(self, steps: Steps) -> Table:
         return self.table
 
+    def __repr__(self):
+        return f"LearnedSolver({', '.join(f'{k}={v}' for k, v in json.loads(self.facts).items())})"
+
     def check_event(self, shape: tuple[int, ...]) -> None:
         """Raises ValueError for events of another shape than it was fitted to."""
         fitted = np.shape(self.centre)
