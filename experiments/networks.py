@@ -24,6 +24,7 @@ from experiments.solvers import diffusers_samples
 from sde_diffusion import config, data
 from sde_diffusion.evaluate import load_run
 from sde_diffusion.report import energy_distance
+from sde_diffusion.samplers.ode import usual_method
 
 OWN = ("ddim", "dpmpp_2m", "dpmpp_3m", "unipc_2", "unipc_3", "deis_2", "deis_3")
 
@@ -93,7 +94,8 @@ def main(argv=None):
     print(f"{options.workdir}, step {run.step}: {options.num} states, solution of {options.reference} steps; "
           f"{jax.devices()[0].platform}, JAX {jax.__version__}, Python {platform.python_version()}")  # fmt: skip
     print(f"energy distance of the solution of many steps {quality['many steps'][0]:.4f} +- {quality['many steps'][1]:.4f}")
-    print(f"{'evaluations':>11}{'adams':>9}{'best other':>12}{'ratio':>17}   which{'':<19}{'energy distance':>15}{'best other':>12}")
+    usual = usual_method(run.score_fn.prediction)
+    print(f"{'evaluations':>11}{usual:>11}{'best other':>12}{'ratio':>17}   which{'':<19}{'energy distance':>15}{'best other':>12}")
     closest = {n: min(row["energy distance"] for row in table[n].values()) for n in budgets}
 
     def show(kind, n, x):
@@ -102,10 +104,10 @@ def main(argv=None):
         value, spread = ratio(squared, theirs)
         rmse, distance = float(np.sqrt(squared.mean())), energy_distance(x, held_out)[0]
         table[n][kind] = {"rmse": rmse, "energy distance": distance, "ratio": value, "stderr": spread, "best": name}
-        print(f"{n:>11}{rmse:9.4f}{np.sqrt(theirs.mean()):12.4f}{value:9.3f} +- {spread:.3f}   {name:<24}{distance:15.4f}{closest[n]:12.4f}")
+        print(f"{n:>11}{rmse:11.4f}{np.sqrt(theirs.mean()):12.4f}{value:9.3f} +- {spread:.3f}   {name:<24}{distance:15.4f}{closest[n]:12.4f}")
         return value
 
-    mean = float(np.exp(np.mean([np.log(show("adams", n, ends(run, start, num_steps=n))) for n in budgets])))
+    mean = float(np.exp(np.mean([np.log(show(usual, n, ends(run, start, num_steps=n))) for n in budgets])))
     print(f"geometric mean of the ratios {mean:.3f}")
     fitted = {n: path for n in budgets if (path := options.workdir / f"solver_{n}.json").is_file()}
     if fitted:

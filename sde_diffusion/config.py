@@ -28,9 +28,9 @@ from sde_diffusion.weights import LOG_SNR_WEIGHTS, TIME_WEIGHTS
 SDES = {
     "vp": VP, "subvp": SubVP, "ve": VE, "cosine": CosineVP, "linear_log_snr": LinearLogSNR, "monotone_log_snr": MonotoneLogSNR,
 }  # fmt: skip
-# The function, the solvers that it knows, and its usual one.
+# The function, the solvers that it knows, and its usual one; of the ODE by what the network predicts.
 SAMPLERS = {
-    "ode": (sample_ode, ode.METHODS, "adams"),
+    "ode": (sample_ode, ode.METHODS, None),
     "sde": (sample_sde, reverse.METHODS, "euler_maruyama"),
     "pc": (sample_pc, pc.PREDICTORS, "reverse_diffusion"),
 }
@@ -268,8 +268,8 @@ def validate(config: ConfigDict) -> None:
         section, name = key.split(".")
         value = config[section][name]
         check(1 <= value <= most, f"{key}={value!r} must be an integer of at least 1 and at most {most:,}")
-    _, methods, usual = lookup(SAMPLERS, config.sample.sampler, "sample.sampler")
-    method = config.sample.method or usual
+    methods = lookup(SAMPLERS, config.sample.sampler, "sample.sampler")[1]
+    method = sample_method(config)
     if config.sample.sampler == "ode" and method.endswith(".json"):
         try:
             LearnedSolver.load(method).check(sde)
@@ -411,11 +411,15 @@ def build_loss(config: ConfigDict, values=None, times=None):
     return loss
 
 
+def sample_method(config: ConfigDict) -> str:
+    """The name of the config's solver, or its file."""
+    return config.sample.method or SAMPLERS[config.sample.sampler][2] or ode.usual_method(config.prediction.kind)
+
+
 def build_sampler(config: ConfigDict):
     """The sampler of the config: (score_fn, key, shape) -> samples, for a score function of `build_score`."""
     c = config.sample
-    fn, _, usual = SAMPLERS[c.sampler]
-    method = c.method or usual
+    fn, method = SAMPLERS[c.sampler][0], sample_method(config)
     options = {"num_steps": c.num_steps, "grid": c.grid, "t_end": c.t_end, "denoise": c.denoise}
     if c.sampler == "pc":
         options |= {"predictor": method, "corrector": c.corrector, "snr": c.snr, "corrector_steps": c.corrector_steps}

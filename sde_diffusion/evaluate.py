@@ -356,7 +356,7 @@ def quality(samples: np.ndarray, dataset: data.Dataset, scaler: data.Scaler, mos
 def _sampler_name(config, separator=" ") -> str:
     """The sampler and its options, as far as they are not the usual ones."""
     c = config.sample
-    method = c.method or configs.SAMPLERS[c.sampler][2]
+    method = configs.sample_method(config)
     # A fitted solver's file tells its evaluations.
     parts = [c.sampler, *([Path(method).stem] if method.endswith(".json") else [method, f"{c.num_steps}{separator}steps"])]
     parts += [c.grid] if c.grid else []

@@ -483,7 +483,7 @@ def vp_call(function=sd.sample_ode, **options):
         (vp_call(sd.sample_pc, corrector="mala"), ["corrector 'mala'", "annealed_langevin, langevin, langevin_norm"]),
         (vp_call(sd.sample_pc, corrector_steps=-1), ["corrector_steps=-1", "at least 0"]),
         (vp_call(sd.sample_pc, snr=0.0), ["snr=0.0", "0.16"]),
-        (vp_call(grid="cosine"), ["grid 'cosine'", "ahead, edm, log_snr, quadratic, student, tapered, uniform"]),
+        (vp_call(grid="cosine"), ["grid 'cosine'", "ahead, edm, log_snr, quadratic, student, tapered, uniform, wide"]),
         (vp_call(num_steps=0), ["num_steps=0", "at least 1"]),
         (vp_call(t_end=0.0), ["t_end=0.0", "t_train=1e-05", "t_max=1.0", "t_min=0.001"]),
         (vp_call(t_end=1.0), ["t_end=1.0", "VP"]),

@@ -42,14 +42,17 @@ def _edm(sde, t0, t1, u, s, size, rho=7.0):
 
 def _student_quantiles(sde, t1, s, size):
     """Two functions, log-SNR -> quantile in [-1, 1], falling, and back: of log(sigma / alpha), by Student's distribution."""
-    # With 2 degrees of freedom F(z) = (1 + z / sqrt(2 + z^2)) / 2. Data takes shape while sigma is about the distance between its modes, which for
+    # Data takes shape while sigma is about the distance between its modes, which for
     # the same s grows with the dimensions. A process that ends early leaves no time in which errors of its last steps could contract: they
     # are shorter.
     early = jnp.clip(0.4 * (5.5 - 0.5 * sde.log_snr(t1) - jnp.log(s)), 0.0, 1.0)
-    centre, below = jnp.log(0.65 * size**0.2 * (1 - 0.28 * early) * s), 2.1 + 0.4 * early
+    return _quantiles(jnp.log(0.65 * size**0.2 * (1 - 0.28 * early) * s), 2.0, 2.1 + 0.4 * early)
 
+
+def _quantiles(centre, above, below):
+    # With 2 degrees of freedom F(z) = (1 + z / sqrt(2 + z^2)) / 2.
     def width(side):
-        return jnp.where(side > 0, 2.0, below)
+        return jnp.where(side > 0, above, below)
 
     def quantile(log_snr):
         z = -0.5 * log_snr - centre
@@ -58,18 +61,28 @@ def _student_quantiles(sde, t1, s, size):
     return quantile, lambda q: -2 * (centre + width(q) * q * jnp.sqrt(2 / (1 - q**2)))
 
 
-def _student(sde, t0, t1, u, s, size):
-    quantile, log_snr = _student_quantiles(sde, t1, s, size)
+def _student(sde, t0, t1, u, s, size, quantiles=None):
+    quantile, log_snr = quantiles or _student_quantiles(sde, t1, s, size)
     first, last = (quantile(end) for end in _ends(sde, t0, t1, s))
     return sde.time(log_snr(first + (last - first) * u))
 
 
-def _tapered(sde, t0, t1, u, s, size):
+def _taper(u):
     # A multistep method's first step has no history, and nothing corrects its last: both are shorter, the last more so in long runs.
     lengths = np.ones(len(u) - 1)
     lengths[0] -= 0.1
     lengths[-1] -= max(0.0, 0.5 - 3 / len(lengths))
-    return _student(sde, t0, t1, jnp.asarray(np.concatenate([[0.0], np.cumsum(lengths) / lengths.sum()]), u.dtype), s, size)
+    return jnp.asarray(np.concatenate([[0.0], np.cumsum(lengths) / lengths.sum()]), u.dtype)
+
+
+def _tapered(sde, t0, t1, u, s, size):
+    return _student(sde, t0, t1, _taper(u), s, size)
+
+
+def _wide(sde, t0, t1, u, s, size):
+    # What a network that predicts eps tells at high noise is its own, whose flow has structure at every log-SNR: the more steps, the more even.
+    num = len(u) - 1
+    return _student(sde, t0, t1, _taper(u), s, size, _quantiles(jnp.log(0.65 * size**0.2 * s), 3 + num / 4, 1 + num / 4))
 
 
 def asks_ahead(half_log_snr, num_steps: int, s):
@@ -95,7 +108,7 @@ def within_first(sde: SDE, times: Float[Array, " times"], sigma_data: Number) ->
 
 
 # (sde, first time, last time, u in [0, 1], standard deviation of the data, size of an event) -> times.
-GRIDS = {"ahead": _ahead, "tapered": _tapered, "student": _student, "uniform": _uniform, "quadratic": _quadratic, "log_snr": _log_snr, "edm": _edm}
+GRIDS = {"ahead": _ahead, "tapered": _tapered, "wide": _wide, "student": _student, "uniform": _uniform, "quadratic": _quadratic, "log_snr": _log_snr, "edm": _edm}
 
 
 def time_grid(
@@ -107,7 +120,8 @@ def time_grid(
     scale 2 above and 2.1 below) around log(0.65 event_size^(1/5) sigma_data): most steps where the data takes shape; for an end between
     e^-5.5 and e^-3 sigma_data the centre moves to 0.72 of that and the lower scale to 2.5. "tapered",
     the default: the same, but the first step covers 0.9 of the others' share of these quantiles, the last of N > 6 steps 1/2 + 3/N; for
-    multistep methods. "ahead": "tapered", but 2 to 20 steps from noise (see `adams`) are those of one step more without its second time.
+    multistep methods. "wide": as "tapered", but with scales 3 + N/4 above and 1 + N/4 below, for networks that
+    predict eps. "ahead": "tapered", but 2 to 20 steps from noise (see `adams`) are those of one step more without its second time.
     "edm": uniform in (sigma / alpha)^(1/7) (arXiv:2206.00364 eq. 5); "log_snr": uniform in lambda (arXiv:2206.00927 section 3.2); "uniform" in t;
     "quadratic": uniform in sqrt(t) (arXiv:2010.02502 appendix D.2). Those that go by the SNR begin at a lambda of -20 at the lowest (less
     2 log sigma_data where that is above 1), where nothing is left of the data; t_max takes the place of that time.

@@ -23,7 +23,7 @@ from sde_diffusion.prediction import as_pytree, check_process
 from sde_diffusion.samplers.grid import check_t_end, time_grid
 from sde_diffusion.samplers.integrate import check_state
 from sde_diffusion.samplers.linear import Steps, Table, advance, ahead, begin, centred, moved, run
-from sde_diffusion.samplers.ode import adams, between_orders, sample_ode
+from sde_diffusion.samplers.ode import METHODS, between_orders, sample_ode, usual_method
 from sde_diffusion.sde import SDE, check, known, pytree_dataclass
 
 # Random directions of each end point in which its derivatives are taken.
@@ -158,7 +158,8 @@ def fit_solver(
     Fitted are the times, and factors of the state and of all evaluations so far (the last 6 where nfe > 10), for x and x0_hat about the mean of
     the data, so that no factor is spent on where the data lies. Levenberg-Marquardt does it, against solutions of `adams_4` in `fine_steps` steps
     from `num_states` prior draws, of which the first updates look at some. It starts twice, and goes on with the better one: from `adams` as it is in
-    2 to 20 steps from noise, the first evaluation at a free time within the first step, and as it is else, the first evaluation at t_max.
+    2 to 20 steps from noise, the first evaluation at a free time within the first step, and as it is else, the first evaluation at t_max. For a network
+    that predicts eps or the score it starts from `adams_eps`, which also gives the solutions.
 
     The objective is the pseudo-Huber mean of the states' errors: a state that ends in another mode of the data is far off by chance, and
     would rule a mean square. A quarter of the states is held out: the best solver on these is returned, whose held-out error is
@@ -194,13 +195,14 @@ def fit_solver(
     shape, _ = check_state(score_fn, sde, key, shape, None)
     t_end = check_t_end(sde, t_end)
     sigma_data = getattr(score_fn, "sigma_data", 0.5) if sigma_data is None else sigma_data
+    usual = usual_method(getattr(score_fn, "prediction", None))
     score_fn = as_pytree(score_fn)
 
     # States and their fine solutions, `(batches, B, *event)`; a quarter of them is held out.
     num_batches = max(2, -(-num_states // shape[0]))
     x = sde.prior_sample(key, (num_batches, *shape))
     fine = functools.partial(
-        sample_ode, score_fn, sde, key, shape, method="adams_4", num_steps=fine_steps, t_end=t_end, denoise=False,
+        sample_ode, score_fn, sde, key, shape, method="adams_4" if usual == "adams" else usual, num_steps=fine_steps, t_end=t_end, denoise=False,
         sigma_data=sigma_data,
     )  # fmt: skip
     target = jnp.stack([fine(init=part) for part in tqdm(x, desc="fine solutions", disable=not progress)])
@@ -212,11 +214,12 @@ def fit_solver(
 
     centre = _mean(*data) / sde.alpha(jnp.asarray(t_end, float))
     default = functools.partial(
-        sample_ode, score_fn, sde, key, shape, num_steps=nfe, t_end=t_end, denoise=False, sigma_data=sigma_data
+        sample_ode, score_fn, sde, key, shape, method=usual, num_steps=nfe, t_end=t_end, denoise=False, sigma_data=sigma_data
     )
     of_default = np.concatenate([_of_each(default(init=x), target) for x, target in zip(*held_out)])
     grid = functools.partial(time_grid, sde, t_end=t_end, sigma_data=sigma_data, event_size=math.prod(shape[1:]))
-    families = [_Family(sde, nfe, sigma_data, grid(num)) for num in (nfe + 1, nfe)]
+    starts = [grid(nfe + 1), grid(nfe)] if usual == "adams" else [grid(nfe, METHODS[usual].grid)]
+    families = [_Family(sde, nfe, sigma_data, times, usual) for times in starts]
     fits = [_descend(family, score_fn, centre, data, held_out, jax.random.fold_in(key, 1), max_updates) for family in families]
     found, trial = [None] * len(fits), _TRIAL * len(fits)
     updates, ended_by, began = 0, "max_updates", time.monotonic()
@@ -237,8 +240,8 @@ def fit_solver(
     best, (table, times), _ = found[_best(found)]
     if _best([(best,), (of_default,)]) == 1:
         # Too few updates, or a sigma_data that is far off: nothing better than the default was found.
-        best, times, centre = of_default, grid(nfe, "ahead"), jnp.zeros(())
-        table = adams(Steps.of(sde, times, sigma_data))
+        best, times, centre = of_default, grid(nfe, METHODS[usual].grid), jnp.zeros(())
+        table = METHODS[usual](Steps.of(sde, times, sigma_data))
     facts = {
         "sde": repr(sde), "nfe": int(nfe), "t_end": float(t_end), "sigma_data": float(sigma_data), "event_shape": list(shape[1:]),
         "updates": updates, "ended_by": ended_by, "held_out_states": len(best), **_errors("", best), **_errors("_of_the_default", of_default),
@@ -304,16 +307,17 @@ def _descend(family, score_fn, centre, data, held_out, key, max_updates):
 
 @dataclasses.dataclass(frozen=True)
 class _Family:
-    """The rule of `adams` at free times, plus free factors, in the scale of the state's marginal; for x less alpha centre. On a grid of nfe + 1
-    steps less its first evaluation, as in few steps (`linear.ahead`)."""
+    """The default rule at free times, plus free factors, in the scale of the state's marginal; for x less alpha centre. That of `adams` on a grid
+    of nfe + 1 steps less its first evaluation, as in few steps (`linear.ahead`)."""
 
     sde: SDE
     nfe: int
     sigma_data: Any
     times: Any  # of nfe or nfe + 1 steps
+    usual: str = "adams"  # or adams_eps
 
     def start(self):
-        """Zeros: of that rule itself, exact for N(centre, sigma_data^2 I)."""
+        """Zeros: of that rule itself; that of `adams` is exact for N(centre, sigma_data^2 I)."""
         n = self.nfe
         lengths = jnp.zeros(len(self.times) - 1)
         return {"lengths": lengths, "scale": jnp.zeros(()), "state": jnp.zeros(n), "history": jnp.zeros(len(self._places()[0]))}
@@ -329,8 +333,13 @@ class _Family:
         lengths = plain.h * jnp.exp(parameters["lengths"])
         inner = plain.half_log_snr[0] + jnp.cumsum(lengths * (plain.h.sum() / lengths.sum()))[:-1]
         steps = Steps.of(self.sde, jnp.concatenate([self.times[:1], self.sde.time(2 * inner), self.times[-1:]]), self.sigma_data)
-        less, rule = steps.num - n, between_orders(steps)
-        table = ahead(steps, rule) if less else dataclasses.replace(centred(steps, rule), scale=jnp.ones(n))
+        less = steps.num - n
+        if less:
+            table = ahead(steps, between_orders(steps))
+        else:
+            table = centred(steps, between_orders(steps)) if self.usual == "adams" else METHODS[self.usual](steps)
+            first = jnp.zeros(n) if table.first is None else table.first
+            table = dataclasses.replace(table, first=first, scale=jnp.ones(n))
         c = jnp.sqrt((steps.alpha * self.sigma_data) ** 2 + steps.sigma**2)[-n:]
         rows, columns = self._places()
         history = jnp.zeros((n, columns.max() + 1)).at[rows, columns].set(parameters["history"]) * c[:, None]

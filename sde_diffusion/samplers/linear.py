@@ -196,6 +196,15 @@ def angle_space(steps: Steps) -> Space:
     return Space(x0, eps, c[1:] / c[:-1], turned(jnp.diff(zeta)), turned(points), weights * c[1:, None])
 
 
+def residual_space(steps: Steps) -> Space:
+    """w of `residual` over l = log(alpha / sigma): d(x / c) = -sin(theta) w dl. For a w that changes with every log-SNR, as of a network that
+    predicts eps: at high noise its x0_hat is off by eps_hat's error times sigma / alpha, many standard deviations of the data."""
+    (x0, eps), c = residual(steps.alpha, steps.sigma, steps.sigma_data)
+    points, weights = _quadrature(steps.h)
+    sine = 1 / jnp.hypot(1.0, steps.sigma_data * jnp.exp(steps.half_log_snr[:-1, None] + points))
+    return Space(x0, eps, c[1:] / c[:-1], steps.h, points, -weights * c[1:, None] * sine)
+
+
 def _weights(space: Space, nodes: Float[Array, "steps nodes"], known) -> Float[Array, "steps nodes"]:
     """The integral of each node's Lagrange polynomial over every step.
 
