@@ -137,7 +137,7 @@ def ours(problem: Problem) -> dict[str, dict[int, tuple[float, str]]]:
     """The error of each method at each budget, with the best of its grids."""
     table = {}
     for name, solver in ode.METHODS.items():
-        grids = (solver.grid,) if name == "adams" else tuple(g for g in GRIDS if g != "quadratic")
+        grids = (solver.grid,) if name in ("adams", "adams_eps") else tuple(g for g in GRIDS if g != "quadratic")
         table[name] = {}
         for budget in BUDGETS:
             steps = budget // solver.evaluations

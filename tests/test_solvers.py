@@ -275,36 +275,36 @@ def test_the_evaluation_that_is_not_spent_on_the_prior_is_worth_most_of_one():
         assert error(num_steps=num) < 0.5 * (more + most)
 
 
-def eps_network(sde, dim=16, error=0.02):
-    """The exact eps of a mixture, and an error of that size, which depends on x and on the log-SNR, and has no place in any data."""
-    random = np.random.default_rng(3)
-    means = random.normal(size=(4, dim))
-    oracle = sd.GaussianMixture(np.full(4, 0.25), 0.5 * means, np.tile(0.05 * np.eye(dim), (4, 1, 1)))
+def _eps_with_error(exact, inside, outside, sde, x, t):
+    return -sde.sigma(t)[:, None] * exact(x, t) + 0.02 * jnp.sin(0.75 * sde.log_snr(t)[:, None] + x @ inside) @ outside
+
+
+def eps_network(sde, seed=3, dim=16):
+    """The exact eps of a mixture, 0.02 off by what depends on x and on the log-SNR and has no place in any data; and the data's standard deviation."""
+    random = np.random.default_rng(seed)
+    oracle = sd.GaussianMixture(np.full(4, 0.25), 0.5 * random.normal(size=(4, dim)), np.tile(0.05 * np.eye(dim), (4, 1, 1)))
     inside, outside = (jnp.asarray(random.normal(size=(dim, dim)) / np.sqrt(dim), jnp.float32) for _ in range(2))
-    exact = oracle.score_fn(sde)
-
-    def network(x, t):
-        wave = jnp.sin(1.5 * sde.log_snr(t)[:, None] / 2 + x @ inside)
-        return -sde.sigma(t)[:, None] * exact(x, t) + error * wave @ outside
-
+    network = jax.tree_util.Partial(_eps_with_error, oracle.score_fn(sde), inside, outside, sde)
     return network, float(np.sqrt(np.trace(oracle.covariance()) / dim))
 
 
-@pytest.mark.parametrize("num_steps", [8, 10, 15, 20])
+@pytest.mark.parametrize("num_steps", [2, 3, 5, 10, 15, 20])
 def test_a_network_of_eps_is_followed_through_the_noise(num_steps):
-    """Where eps is 0.02 off, x0_hat is 3 off at the prior of VP. The solution of 400 steps of another solver is met more closely than by `adams`,
-    and than by the usual solvers on their better grid; and a score function that says what it predicts has this default by itself."""
+    """Where eps is 0.02 off, x0_hat is 3 off at the prior of VP. Over four such networks, the usual solvers on their better grid are further from
+    the solution of 400 steps of another one; and a score function that says what it predicts has this default by itself."""
     sde = SDES["vp"]
-    network, std = eps_network(sde)
-    score_fn = sd.as_score(network, sde, sigma_data=std)
-    draw = functools.partial(sd.sample_ode, score_fn, sde, jax.random.key(0), (64, 16), denoise=False)
-    exact = draw(method="rk4", num_steps=400, grid="log_snr")
-    error = lambda **o: float(jnp.sqrt(jnp.mean((draw(**o) - exact) ** 2)))  # noqa: E731
-    ours = error(num_steps=num_steps)
-    assert ours == error(method="adams_eps", num_steps=num_steps)
-    assert ours < 0.7 * error(method="adams", num_steps=num_steps)
-    others = [error(method=m, num_steps=num_steps, grid=g) for m in ("ddim", "dpmpp_2m", "unipc_2", "deis_3") for g in ("edm", "log_snr")]
-    assert ours < min(others)
+    names = [m for m in ("ddim", "dpmpp_2m", "unipc_2", "deis_3") if METHODS[m].min_steps <= num_steps]
+    others, ours = {(m, g): 0.0 for m in names for g in ("edm", "log_snr")}, 0.0
+    for seed in range(3, 7):
+        network, std = eps_network(sde, seed)
+        score_fn = sd.as_score(network, sde, sigma_data=std)
+        draw = functools.partial(sd.sample_ode, score_fn, sde, jax.random.key(seed), (128, 16), denoise=False)
+        exact = draw(method="rk4", num_steps=400, grid="log_snr")
+        off = lambda **o: float(jnp.mean((draw(**o) - exact) ** 2))  # noqa: E731
+        ours += off(num_steps=num_steps)
+        for m, g in others:
+            others[m, g] += off(method=m, grid=g, num_steps=num_steps)
+    assert ours < min(others.values()), (ours, others)
 
 
 @pytest.mark.parametrize(("prediction", "method"), [("eps", "adams_eps"), ("score", "adams_eps"), ("v", "adams"), ("x0", "adams"), ("edm", "adams"), (None, "adams")])
@@ -334,10 +334,10 @@ def test_a_fit_to_a_network_of_eps_starts_from_its_default_and_goes_on():
     assert fitted < 0.67 * default
 
 
-@pytest.mark.parametrize("num_steps", [1, 2, 5])
-def test_adams_eps_is_exact_for_three_times_the_standard_deviation(num_steps):
-    """On N(0, (3 sigma_data)^2 I), which its linear part is made for, in any number of steps; sigma_data = 1/2."""
-    sde, variance = SDES["ve"], 2.25
+@pytest.mark.parametrize(("num_steps", "factor"), [(1, 1.0), (2, 1.0), (4, 1.0), (6, 2.0), (8, 3.0), (30, 3.0)])
+def test_adams_eps_is_exact_for_its_linear_part(num_steps, factor):
+    """On N(0, (factor sigma_data)^2 I); sigma_data = 1/2."""
+    sde, variance = SDES["ve"], (0.5 * factor) ** 2
     init = sde.prior_sample(jax.random.key(0), (8, 3))
     score_fn = sd.GaussianMixture.gaussian(np.zeros(3), variance * np.eye(3)).score_fn(sde)
     draw = functools.partial(sd.sample_ode, score_fn, sde, jax.random.key(0), (8, 3), init=init, denoise=False, sigma_data=0.5)

@@ -242,6 +242,7 @@ def fit_solver(
         # Too few updates, or a sigma_data that is far off: nothing better than the default was found.
         best, times, centre = of_default, grid(nfe, METHODS[usual].grid), jnp.zeros(())
         table = METHODS[usual](Steps.of(sde, times, sigma_data))
+        table = dataclasses.replace(table, history=table.history[:, :nfe])  # of two steps the last is zero
     facts = {
         "sde": repr(sde), "nfe": int(nfe), "t_end": float(t_end), "sigma_data": float(sigma_data), "event_shape": list(shape[1:]),
         "updates": updates, "ended_by": ended_by, "held_out_states": len(best), **_errors("", best), **_errors("_of_the_default", of_default),
@@ -307,8 +308,8 @@ def _descend(family, score_fn, centre, data, held_out, key, max_updates):
 
 @dataclasses.dataclass(frozen=True)
 class _Family:
-    """The default rule at free times, plus free factors, in the scale of the state's marginal; for x less alpha centre. That of `adams` on a grid
-    of nfe + 1 steps less its first evaluation, as in few steps (`linear.ahead`)."""
+    """The default rule at free times, plus free factors, in the scale of the state's marginal; for x less alpha centre. Given times of nfe + 1 steps,
+    the rule is that of `adams` without its first evaluation, as in few steps (`linear.ahead`)."""
 
     sde: SDE
     nfe: int
@@ -317,7 +318,7 @@ class _Family:
     usual: str = "adams"  # or adams_eps
 
     def start(self):
-        """Zeros: of that rule itself; that of `adams` is exact for N(centre, sigma_data^2 I)."""
+        """Zeros: of that rule itself, about the centre; that of `adams` is exact for N(centre, sigma_data^2 I)."""
         n = self.nfe
         lengths = jnp.zeros(len(self.times) - 1)
         return {"lengths": lengths, "scale": jnp.zeros(()), "state": jnp.zeros(n), "history": jnp.zeros(len(self._places()[0]))}

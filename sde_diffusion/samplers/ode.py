@@ -28,14 +28,14 @@ def _adams(steps, order):
     return centred(steps, multistep(steps, space, adams_bashforth(space, order), adams_moulton(space, order)))
 
 
-def between_orders(steps: Steps, space=angle_space) -> Table:
+def between_orders(steps: Steps, space=angle_space, corrected=True) -> Table:
     """The rule of `adams`, for `centred` or `ahead`."""
     left = steps.num - np.arange(steps.num)
     order = np.minimum(orders(steps.num, 4), np.maximum(2, left - 1))
     space = space(steps)
     high, low = adams_bashforth(space, order), adams_bashforth(space, np.maximum(order - 1, 1))
     explicit = 0.75 * high + 0.25 * jnp.pad(low, ((0, 0), (0, high.shape[1] - low.shape[1])))
-    return multistep(steps, space, explicit, adams_moulton(space, order))
+    return multistep(steps, space, explicit, adams_moulton(space, order) if corrected else None)
 
 
 @register(METHODS, order=2, source="as adams_4; linear.ahead", evaluations=1, grid="ahead")
@@ -66,16 +66,16 @@ def adams_eps(steps: Steps) -> Table:
 
     Such a network's x0_hat is off, at high noise, by its error in eps times sigma / alpha: of one that is 0.02 off by three at sigma / alpha = 150. This is
     a flow of its own, with structure at every log-SNR, which neither tells a mean of the data nor may be left out. So w is that
-    of three times the data's standard deviation, interpolated over log-SNR, on a grid that is the more even the more steps it has. Where eps
-    is less than about 0.005 off at the prior, adams is ahead.
+    of three times the data's standard deviation (of less in fewer than 8 steps, of one in up to 4), interpolated over log-SNR, on a grid that is the
+    more even the more steps it has. Two steps are too long to correct the first. The less eps is off, the more adams gains on it.
     """
-    steps = dataclasses.replace(steps, sigma_data=3 * steps.sigma_data)
-    return between_orders(steps, residual_space)
+    steps = dataclasses.replace(steps, sigma_data=min(3.0, max(1.0, 0.5 * steps.num - 1)) * steps.sigma_data)
+    return between_orders(steps, residual_space, corrected=steps.num > 2)
 
 
 def usual_method(prediction: str | None) -> str:
     """The default solver's name, by what the network predicts (see `as_score`), None where that is not known."""
-    return "adams_eps" if prediction in ("eps", "score") else "adams"
+    return "adams_eps" if isinstance(prediction, str) and prediction in ("eps", "score") else "adams"
 
 
 def _widen(table, num):
