@@ -3,7 +3,7 @@
     python -m experiments.networks [--workdir=runs/digits] [--num=297] [--reference=1000] [--budgets=5,10,20] [--out=FOLDER]
 
 From the same prior draws, at each number of evaluations: the root-mean-square distance of the end points at t_min to those of a
-solution of many steps (adams_4; adams_eps where the network predicts eps), and the energy distance of the end points to as many held-out examples, beside that of the solution of
+solution of many steps (adams_4), and the energy distance of the end points to as many held-out examples, beside that of the solution of
 many steps. Of every other solver the better grid counts, EDM's or uniform log-SNR, in each of the two figures. With the extra `bench`
 installed (torch, diffusers), those are diffusers' solvers; without, the library's own of the same names. The ratio's standard
 error is a bootstrap over the states. Prints a table, writes networks.json to --out.
@@ -80,7 +80,7 @@ def main(argv=None):
         parser.error(f"--num={options.num}: there are {len(test)} held-out examples")
     held_out = run.scaler.dequantize(jax.random.key(1), np.asarray(test[: options.num]))
     usual = usual_method(run.score_fn.prediction)
-    exact = ends(run, start, method="adams_4" if usual == "adams" else usual, num_steps=options.reference)
+    exact = ends(run, start, method="adams_4", num_steps=options.reference)
     quality = {"many steps": energy_distance(exact, held_out)}
 
     table, best = {n: {} for n in budgets}, {}

@@ -42,9 +42,8 @@ def _edm(sde, t0, t1, u, s, size, rho=7.0):
 
 def _student_quantiles(sde, t1, s, size):
     """Two functions, log-SNR -> quantile in [-1, 1], falling, and back: of log(sigma / alpha), by Student's distribution."""
-    # Data takes shape while sigma is about the distance between its modes, which for
-    # the same s grows with the dimensions. A process that ends early leaves no time in which errors of its last steps could contract: they
-    # are shorter.
+    # Data takes shape while sigma is about the distance between its modes, which for the same s grows with the dimensions. A process that
+    # ends early leaves no time in which errors of its last steps could contract: they are shorter.
     early = jnp.clip(0.4 * (5.5 - 0.5 * sde.log_snr(t1) - jnp.log(s)), 0.0, 1.0)
     return _quantiles(jnp.log(0.65 * size**0.2 * (1 - 0.28 * early) * s), 2.0, 2.1 + 0.4 * early)
 

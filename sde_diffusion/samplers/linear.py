@@ -197,8 +197,11 @@ def angle_space(steps: Steps) -> Space:
 
 
 def residual_space(steps: Steps) -> Space:
-    """w of `residual` over l = log(alpha / sigma): d(x / c) = -sin(theta) w dl. For a w that changes with every log-SNR, as of a network that
-    predicts eps: at high noise its x0_hat is off by eps_hat's error times sigma / alpha, many standard deviations of the data."""
+    """w of `residual` over l = log(alpha / sigma): d(x / c) = -sin(theta) w dl, the ODE of `angle_space` in another variable: the project's own.
+
+    For a w that changes with every log-SNR, as of a network that predicts eps: at high noise its x0_hat is off by eps_hat's error times
+    sigma / alpha, many standard deviations of the data.
+    """
     (x0, eps), c = residual(steps.alpha, steps.sigma, steps.sigma_data)
     points, weights = _quadrature(steps.h)
     sine = 1 / jnp.hypot(1.0, steps.sigma_data * jnp.exp(steps.half_log_snr[:-1, None] + points))

@@ -60,6 +60,10 @@ def adams(steps: Steps) -> Table:
     return jax.tree.map(lambda a, b: jnp.where(noise, a, b), few, rule)
 
 
+def _widen(table, num):
+    return dataclasses.replace(table, history=jnp.pad(table.history, ((0, 0), (0, num - table.history.shape[1]))))
+
+
 @register(METHODS, order=2, source="as adams_4; linear.residual_space", evaluations=1, grid="wide", zero_snr=False)
 def adams_eps(steps: Steps) -> Table:
     """The default for networks that predict eps or the score: as adams, over log-SNR, and with every evaluation where the state is.
@@ -76,10 +80,6 @@ def adams_eps(steps: Steps) -> Table:
 def usual_method(prediction: str | None) -> str:
     """The default solver's name, by what the network predicts (see `as_score`), None where that is not known."""
     return "adams_eps" if isinstance(prediction, str) and prediction in ("eps", "score") else "adams"
-
-
-def _widen(table, num):
-    return dataclasses.replace(table, history=jnp.pad(table.history, ((0, 0), (0, num - table.history.shape[1]))))
 
 
 @register(METHODS, order=3, min_steps=2, source="as adams_4", **_ADAMS)
