@@ -1,6 +1,6 @@
 """Every solver's error over its number of network evaluations, on problems whose solutions are known.
 
-    python -m experiments.solvers [--bench=FOLDER] [--out=FOLDER] [--learned] [--mixtures=N [--first=100]] [--plane] [--states=256]
+    python -m experiments.solvers [--bench=FOLDER] [--out=FOLDER] [--learned] [--mixtures=N] [--fields=N] [--first=100] [--plane] [--states=256]
 
 The main problem is a 10-component Gaussian mixture in 64 dimensions, fitted to the handwritten digits, under VE noise from 80 to
 0.002; the error is the root-mean-square distance of the end points to those of the exact flow. With --bench the mixture, the
@@ -8,7 +8,8 @@ The main problem is a 10-component Gaussian mixture in 64 dimensions, fitted to 
 mixture is fitted by scikit-learn, and an 8th-order adaptive solver gives the end points. With the extra `bench` installed
 (torch, diffusers), diffusers' solvers run on the same states. With --mixtures the default solver, and with --learned as well
 fitted ones, run on N random mixtures in 2 to 128 dimensions under VE and VP noise, of seeds from --first on, beside the best of diffusers'
-solvers; with --plane on small tight clusters in one and two dimensions.
+solvers; with --fields on N mixtures whose variances fall by a power of the frequency, as those of photographs do; with --plane on small tight
+clusters in one and two dimensions.
 Prints tables, writes solvers.json and solvers.png to --out.
 """
 
@@ -106,6 +107,31 @@ def random_mixture(seed: int, num: int = 256) -> Problem:
     start = np.asarray(sde.prior_sample(jax.random.key(seed), (num, dim)), np.float64)
     name = f"{seed}: {components} in {dim}d, {type(sde).__name__}"
     return solve(name, sde, weights, means, covariances, start)
+
+
+def random_field(seed: int, num: int = 64) -> Problem:
+    """A random mixture of `num` images of three colours in the basis of cosines: 1 to 10 components, whose variances fall by a power of the
+    frequency over three to five decades, with means that fall faster, VE and VP. The solvers know nothing of a basis."""
+    rng = np.random.default_rng(seed)
+    size, components = int(rng.choice([8, 16])), int(rng.choice([1, 3, 5, 10]))
+    decay, inside, scale, floor = rng.uniform(1.6, 2.8), rng.uniform(0.4, 0.95), np.exp(rng.uniform(-1, 0.5)), 10 ** rng.uniform(-5, -3)
+    frequency = np.tile(np.hypot(*np.meshgrid(np.arange(size), np.arange(size))).ravel(), 3) + 0.5
+    spectrum = np.repeat([1.0, 0.15, 0.05], size**2) * frequency**-decay
+    octave = np.log2(2 * frequency).astype(int)
+    variances = spectrum * np.exp(0.5 * rng.standard_normal((components, octave.max() + 1)))[:, octave]
+    weights = rng.dirichlet(np.full(components, 3.0))
+    means = np.sqrt(spectrum / frequency) * rng.standard_normal((components, len(spectrum)))
+    means -= weights @ means
+    if components == 1:
+        inside = 1.0
+    variances *= inside / (weights @ variances).mean()
+    means *= np.sqrt((1 - inside) / max((weights @ means**2).mean(), 1e-30))
+    means[:, 0] += 0.3 * np.sqrt(len(spectrum)) * rng.standard_normal()  # the mean brightness
+    covariances = scale**2 * (variances + floor)[:, :, None] * np.eye(len(spectrum))
+    sde = [ve(), ve(0.01, 50.0), sd.VP()][int(rng.integers(3))]
+    start = np.asarray(sde.prior_sample(jax.random.key(seed), (num, len(spectrum))), np.float64)
+    name = f"{seed}: {components} fields, {size}x{size}x3, {type(sde).__name__}"
+    return solve(name, sde, weights, scale * means, covariances, start)
 
 
 def clusters_in_the_plane(num: int = 256):
@@ -283,12 +309,13 @@ def main():
     parser.add_argument("--out", type=Path, default=Path("runs/solvers"))
     parser.add_argument("--learned", action="store_true", help="also fit solvers, a minute or two each")
     parser.add_argument("--mixtures", type=int, default=0, help="also this many random mixtures; needs the extra bench")
-    parser.add_argument("--first", type=int, default=100, help="seed of the first of these")
+    parser.add_argument("--fields", type=int, default=0, help="also this many mixtures with the spectra of photographs; needs the extra bench")
+    parser.add_argument("--first", type=int, default=100, help="seed of the first of each of these")
     parser.add_argument("--plane", action="store_true", help="also clusters in one and two dimensions; needs the extra bench")
     parser.add_argument("--states", type=int, default=256, help="of each of these mixtures; a few of them, near the divide of far clusters, rule its error")
     options = parser.parse_args()
-    if (options.mixtures > 0 or options.plane) and importlib.util.find_spec("diffusers") is None:
-        parser.error("--mixtures and --plane compare with diffusers, which is not installed: pip install -e '.[bench]'")
+    if (options.mixtures > 0 or options.fields > 0 or options.plane) and importlib.util.find_spec("diffusers") is None:
+        parser.error("--mixtures, --fields and --plane compare with diffusers, which is not installed: pip install -e '.[bench]'")
     problem = digits(options.bench)
     print(f"{problem.name}: {len(problem.start)} states; {jax.devices()[0].platform}, JAX {jax.__version__}, Python {platform.python_version()}")
 
@@ -315,6 +342,9 @@ def main():
             print(f"{n:>4} evaluations  RMSE {row['rmse']:.5f}  ({row['rmse'] / table['adams'][n][0]:.2f} of adams)  {row['seconds']:.0f} s")
     seeds = range(options.first, options.first + options.mixtures)
     unseen = generality((random_mixture(seed, options.states) for seed in seeds), options.learned) if seeds else {}
+    if options.fields:
+        fields = (random_field(seed, min(options.states, 64)) for seed in range(options.first, options.first + options.fields))
+        unseen |= generality(fields, options.learned)
     unseen |= generality(clusters_in_the_plane(options.states), options.learned) if options.plane else {}
     options.out.mkdir(parents=True, exist_ok=True)
     figures = {"problem": problem.name, "jax": jax.__version__, "ode": table, "diffusers": others, "sde": variances, "learned": fits, "mixtures": unseen}

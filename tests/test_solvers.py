@@ -110,11 +110,6 @@ def test_a_linear_score_of_the_datas_own_scale_costs_no_steps(num_steps):
         np.testing.assert_allclose(x, init * end / start, rtol=2e-4, atol=1e-6)
 
 
-def plain(steps):
-    """The default's rule from 21 steps on."""
-    return linear.centred(steps, ode.between_orders(steps))
-
-
 def trusting(monkeypatch, rule):
     """A rule with all trust in the first evaluation; as a new function, for which nothing is compiled."""
     monkeypatch.setattr(linear, "_EPS_ERROR", 0.0)
@@ -188,7 +183,7 @@ def test_samples_move_with_the_data(num_steps, monkeypatch):
     moved = sd.GaussianMixture(
         np.exp(oracle.log_weights), oracle.means + by[None], np.einsum("kij,kj,klj->kil", oracle.eigenvectors, oracle.eigenvalues, oracle.eigenvectors)
     )
-    noise, method = sde.prior_sample(jax.random.key(0), (64, 2)), trusting(monkeypatch, plain)
+    noise, method = sde.prior_sample(jax.random.key(0), (64, 2)), trusting(monkeypatch, ode.from_the_prior)
     x, y = (
         sd.sample_ode(of.score_fn(sde), sde, jax.random.key(0), (64, 2), init=noise + shift, num_steps=num_steps, method=method, sigma_data=0.8)
         for of, shift in ((oracle, 0.0 * by[None]), (moved, by[None]))
@@ -211,15 +206,16 @@ def test_a_network_s_error_is_not_taken_for_a_mean(sde):
     assert moved[0] < 2 * moved[1]
 
 
-@pytest.mark.parametrize(("event_size", "centre"), [(1, 0.65), (32, 1.3), (1024, 2.6)])
+@pytest.mark.parametrize(("event_size", "centre"), [(1, 1 / 3), (64, 1.585), (1024, 4.485)])
 def test_the_tapered_grid_s_first_and_last_steps_are_shorter(event_size, centre):
-    """Its steps are uniform quantiles of Student's distribution, but the first, of 0.9, and the last, of 1/2 + 3/N."""
-    sde, num_steps = sd.VE(sigma_min=0.001, sigma_max=80.0, t_min=1e-6, t_train=1e-6), 10
+    """Its steps are uniform quantiles of Student's distribution, but the first, of 0.55, and the last, of 0.7 + 3/N."""
+    sde, num_steps = sd.VE(sigma_min=0.001, sigma_max=80.0, t_min=1e-6, t_train=1e-6), 20
     times = sd.time_grid(sde, num_steps, sigma_data=0.5, event_size=event_size)
     z = -0.5 * np.asarray(sde.log_snr(times), np.float64) - np.log(centre * 0.5)
-    scale = np.where(z > 0, 2.0, 2.1)
+    octaves = np.log(max(event_size / 64, 1))
+    scale = np.where(z > 0, 1.5 + 0.4 * octaves, 1.8 + 0.1 * octaves)
     steps = -np.diff(scipy.stats.t.cdf(z / scale, df=2))
-    np.testing.assert_allclose(steps / steps[1], [0.9, *[1.0] * (num_steps - 2), 0.8], rtol=1e-3)
+    np.testing.assert_allclose(steps / steps[1], [0.55, *[1.0] * (num_steps - 2), 0.85], rtol=2e-3)
 
 
 @pytest.mark.parametrize("num_steps", [1, 2, 5, 20, 21])
@@ -242,7 +238,7 @@ def test_in_few_steps_the_default_asks_nothing_of_the_prior(name, num_steps):
         path = sd.sample_ode(score_fn, sde, jax.random.key(0), (3, 2), init=jnp.ones((3, 2)), grid=times, denoise=False, return_path=True)[1]
         jax.effects_barrier()
         assert path.shape[0] == num_steps + 1 and np.array_equal(path[0], jnp.ones((3, 2)))
-        within = num_steps in (2, 5, 20) and times[0] == sde.t_max
+        within = num_steps in (2, 5, 20) and times[0] == sde.t_max and (name, num_steps) != ("ve", 20)
         assert times[1] < asked[0] < times[0] if within else asked[0] == times[0]
         np.testing.assert_allclose(asked[1:], times[1:-1], rtol=1e-6)
 
@@ -271,8 +267,30 @@ def test_the_evaluation_that_is_not_spent_on_the_prior_is_worth_most_of_one():
     exact = mean[None] + (np.asarray(init) - mean[None]) * np.array(gain)[None]
     error = lambda **o: float(np.sqrt(np.mean((np.asarray(draw(**o)) - exact) ** 2)))  # noqa: E731
     for num in (3, 5, 8):
-        more, most = (error(num_steps=n, method=plain, grid="tapered") for n in (num, num + 1))
+        more, most = (error(num_steps=n, method=ode.from_the_prior, grid="tapered") for n in (num, num + 1))
         assert error(num_steps=num) < 0.5 * (more + most)
+
+
+@pytest.mark.parametrize("name", ["vp", "ve"])
+@pytest.mark.parametrize("num_steps", [5, 8, 10, 15])
+def test_variances_over_many_decades_are_followed(name, num_steps):
+    """Gaussians in 192 dimensions whose variances fall by a power, as those of photographs: closer to the closed form than the usual solvers on their better grid,
+    in the geometric mean over three powers."""
+    sde, ratios = SDES[name], []
+    for power in (0.8, 1.1, 1.4):
+        variance = np.arange(1, 193.0) ** -power
+        variance = 0.25 * variance / variance.mean() + 1e-5
+        score_fn = sd.GaussianMixture.gaussian(np.zeros(192), np.diag(variance)).score_fn(sde)
+        init = np.asarray(sde.prior_sample(jax.random.key(0), (16, 192)), np.float64)
+        (a, b), (c, d) = ((float(sde.alpha(t)), float(sde.sigma(t))) for t in (sde.t_max, sde.t_min))
+        exact = init * np.sqrt((c**2 * variance + d**2) / (a**2 * variance + b**2))[None]
+
+        def error(**options):
+            x = sd.sample_ode(score_fn, sde, jax.random.key(0), init.shape, init=jnp.asarray(init, jnp.float32), num_steps=num_steps, denoise=False, **options)
+            return np.sqrt(np.mean((np.asarray(x, np.float64) - exact) ** 2))
+
+        ratios.append(error() / min(error(method=m, grid=g) for m in ("dpmpp_2m", "unipc_2", "unipc_3", "deis_3") for g in ("edm", "log_snr")))
+    assert np.exp(np.mean(np.log(ratios))) < 1, ratios
 
 
 def _eps_with_error(exact, inside, outside, sde, x, t):
@@ -320,9 +338,9 @@ def test_a_fit_to_a_network_of_eps_starts_from_its_default_and_goes_on():
     sde = SDES["vp"]
     network, std = eps_network(sde)
     times = time_grid(sde, 6, "wide", sigma_data=std, event_size=16)
-    family = learned._Family(sde, 6, std, times, "adams_eps")
+    family = learned._Family(sde, 6, std, 16, times, "adams_eps")
     table, _ = family.build(family.start())
-    rule = ode.METHODS["adams_eps"](Steps.of(sde, times, std))
+    rule = ode.METHODS["adams_eps"](Steps.of(sde, times, std, 16))
     np.testing.assert_allclose(table.time, rule.time, rtol=1e-5)
     np.testing.assert_allclose(table.state, rule.state, rtol=1e-4)
     np.testing.assert_allclose(table.history[:, : rule.history.shape[1]], rule.history, rtol=2e-3, atol=2e-3)
@@ -583,7 +601,7 @@ def test_the_start_of_a_fit_is_exact_for_a_gaussian(sde, nfe, less):
     """N(m, s^2 I): x_t - alpha m goes as the standard deviation of the marginal; so too where the first evaluation is away from t_max."""
     mean, s, shape = np.array([3.0, -1.0], np.float32), 0.4, (8, 2)
     oracle = sd.GaussianMixture.gaussian(mean, s**2 * np.eye(2))
-    family = learned._Family(sde, nfe, s, time_grid(sde, nfe + less, sigma_data=s))
+    family = learned._Family(sde, nfe, s, 64, time_grid(sde, nfe + less, sigma_data=s))
     table, times = family.build(family.start())
     assert len(table.time) == nfe and float(times[0]) == sde.t_max and (float(table.time[0]) < 0.999 * sde.t_max) == bool(less)
     x = sde.prior_sample(jax.random.key(0), shape)
@@ -604,7 +622,7 @@ def test_the_equations_of_a_fit_are_those_of_the_whole_sampler(less):
     random probes. Of 20 x 21 / 2 numbers, 5 standard errors of 100 draws are exceeded once in 10,000 tests."""
     sde, oracle, num, limit = sd.VP(), mixture(), 4, 1e-3
     score_fn, centre = oracle.score_fn(sde), jnp.asarray(oracle.mean(), jnp.float32)
-    family = learned._Family(sde, num, 0.5, time_grid(sde, num + less))
+    family = learned._Family(sde, num, 0.5, 64, time_grid(sde, num + less))
     theta, unravel = ravel_pytree(family.start())
     theta = theta + 0.05 * jax.random.normal(jax.random.key(0), theta.shape)
     x = sde.prior_sample(jax.random.key(1), (8, 2))

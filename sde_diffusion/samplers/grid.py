@@ -8,12 +8,9 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from sde_diffusion.prediction import lookup
+from sde_diffusion.samplers.linear import EVENT_SIZE
 from sde_diffusion.sde import SDE, Number, check, known
 from sde_diffusion.times import lowest_log_snr
-
-
-# How many numbers an event holds, where nothing is said of it.
-_SIZE = 64
 
 
 def _uniform(sde, t0, t1, u, s, size):
@@ -40,12 +37,22 @@ def _edm(sde, t0, t1, u, s, size, rho=7.0):
     return sde.time(-2 * rho * jnp.log(first + (last - first) * u))
 
 
+def _early(sde, t1, s):
+    # A process that ends early leaves no time in which errors of its last steps could contract: they are shorter.
+    return jnp.clip(0.4 * (5.5 - 0.5 * sde.log_snr(t1) - jnp.log(s)), 0.0, 1.0)
+
+
 def _student_quantiles(sde, t1, s, size):
     """Two functions, log-SNR -> quantile in [-1, 1], falling, and back: of log(sigma / alpha), by Student's distribution."""
-    # Data takes shape while sigma is about the distance between its modes, which for the same s grows with the dimensions. A process that
-    # ends early leaves no time in which errors of its last steps could contract: they are shorter.
-    early = jnp.clip(0.4 * (5.5 - 0.5 * sde.log_snr(t1) - jnp.log(s)), 0.0, 1.0)
+    # Data takes shape while sigma is about the distance between its modes, which for the same s grows with the dimensions.
+    early = _early(sde, t1, s)
     return _quantiles(jnp.log(0.65 * size**0.2 * (1 - 0.28 * early) * s), 2.0, 2.1 + 0.4 * early)
+
+
+def _tapered_quantiles(sde, t1, s, size):
+    # Of a method that corrects its steps, and errs most where the data is coarsest: up to its radius, s sqrt(D).
+    early, more = _early(sde, t1, s), jnp.log(jnp.maximum(size / 64, 1.0))
+    return _quantiles(jnp.log(size**0.375 / 3 * (1 - 0.28 * early) * s), 1.5 + 0.4 * more, 1.8 + 0.4 * early + 0.1 * more)
 
 
 def _quantiles(centre, above, below):
@@ -66,44 +73,45 @@ def _student(sde, t0, t1, u, s, size, quantiles=None):
     return sde.time(log_snr(first + (last - first) * u))
 
 
-def _taper(u):
+def _taper(u, first, last):
+    """As u, but the first of its N steps less by this share, the last by one that rises to `last`: by 3/N less."""
     # A multistep method's first step has no history, and nothing corrects its last: both are shorter, the last more so in long runs.
     lengths = np.ones(len(u) - 1)
-    lengths[0] -= 0.1
-    lengths[-1] -= max(0.0, 0.5 - 3 / len(lengths))
+    lengths[0] -= first
+    lengths[-1] -= max(0.0, last - 3 / len(lengths))
     return jnp.asarray(np.concatenate([[0.0], np.cumsum(lengths) / lengths.sum()]), u.dtype)
 
 
 def _tapered(sde, t0, t1, u, s, size):
-    return _student(sde, t0, t1, _taper(u), s, size)
+    return _student(sde, t0, t1, _taper(u, 0.45, 0.3), s, size, _tapered_quantiles(sde, t1, s, size))
 
 
 def _wide(sde, t0, t1, u, s, size):
     # What a network that predicts eps tells at high noise is its own, whose flow has structure at every log-SNR: the more steps, the more even.
     num = len(u) - 1
-    return _student(sde, t0, t1, _taper(u), s, size, _quantiles(jnp.log(0.65 * size**0.2 * s), 3 + num / 4, 1 + num / 4))
+    return _student(sde, t0, t1, _taper(u, 0.1, 0.5), s, size, _quantiles(jnp.log(0.65 * size**0.2 * s), 3 + num / 4, 1 + num / 4))
 
 
-def asks_ahead(half_log_snr, num_steps: int, s):
+def asks_ahead(half_log_snr, num_steps: int, s, size):
     """Whether `adams`, and its grid, leave the first time without an evaluation: in 2 to 20 steps, where these start in noise.
 
-    What that costs goes by (alpha s / sigma)^2 there, whatever the number of steps, of which more ask for less.
+    What that costs goes by (alpha / sigma)^2 there times the largest variance of the data, which grows with its dimensions, whatever the number of steps, of
+    which more ask for less.
     """
-    return 2 <= num_steps <= 20 and jnp.exp(-half_log_snr) > 10 * max(1.0, num_steps / 8) ** 2.5 * s
+    return 2 <= num_steps <= 20 and jnp.exp(-half_log_snr) > 1.75 * jnp.maximum(8.0, size**0.5) * max(1.0, num_steps / 8) ** 2.5 * s
 
 
 def _ahead(sde, t0, t1, u, s, size):
     # Two steps in one, where the method's first evaluation is within its first step.
     more = _tapered(sde, t0, t1, jnp.zeros(len(u) + 1, u.dtype), s, size)
-    return jnp.where(asks_ahead(0.5 * _ends(sde, t0, t1, s)[0], len(u) - 1, s), jnp.delete(more, 1), _tapered(sde, t0, t1, u, s, size))
+    return jnp.where(asks_ahead(0.5 * _ends(sde, t0, t1, s)[0], len(u) - 1, s, size), jnp.delete(more, 1), _tapered(sde, t0, t1, u, s, size))
 
 
-def within_first(sde: SDE, times: Float[Array, " times"], sigma_data: Number) -> Float[Array, ""]:
-    """The time within the first step of a grid that "ahead" leaves out: where "tapered" has it for events of 64 numbers, and from 5 steps on nearly
-    for any."""
-    quantile, log_snr = _student_quantiles(sde, times[-1], sigma_data, _SIZE)
+def within_first(sde: SDE, times: Float[Array, " times"], sigma_data: Number, event_size: int) -> Float[Array, ""]:
+    """The time within the first step of a grid that "ahead" leaves out: where "tapered" has it."""
+    quantile, log_snr = _tapered_quantiles(sde, times[-1], sigma_data, float(event_size))
     first, second = (quantile(end) for end in _ends(sde, times[0], times[1], sigma_data))
-    return sde.time(log_snr(first + (second - first) * 0.9 / 1.9))
+    return sde.time(log_snr(first + (second - first) * 0.55 / 1.55))
 
 
 # (sde, first time, last time, u in [0, 1], standard deviation of the data, size of an event) -> times.
@@ -111,20 +119,21 @@ GRIDS = {"ahead": _ahead, "tapered": _tapered, "wide": _wide, "student": _studen
 
 
 def time_grid(
-    sde: SDE, num_steps: int, kind: str = "tapered", t_end: float | None = None, sigma_data: Number = 0.5, event_size: int = _SIZE
+    sde: SDE, num_steps: int, kind: str = "tapered", t_end: float | None = None, sigma_data: Number = 0.5, event_size: int = EVENT_SIZE
 ) -> Float[Array, " times"]:
     """num_steps + 1 decreasing times from `sde.t_max` to t_end (`sde.t_min` by default).
 
     kind: "student": log(sigma / alpha) at equal quantiles of Student's t distribution (2 degrees of freedom,
-    scale 2 above and 2.1 below) around log(0.65 event_size^(1/5) sigma_data): most steps where the data takes shape; for an end between
-    e^-5.5 and e^-3 sigma_data the centre moves to 0.72 of that and the lower scale to 2.5. "tapered",
-    the default: the same, but the first step covers 0.9 of the others' share of these quantiles, the last of N > 6 steps 1/2 + 3/N; for
-    multistep methods. "wide": as "tapered", but with scales 3 + N/4 above and 1 + N/4 below, for networks that
+    scale 2 above and 2.1 below) around log(0.65 D^(1/5) sigma_data), D = event_size: most steps where the data takes shape; for an end between
+    e^-5.5 and e^-3 sigma_data the centre moves to 0.72 of that and the lower scale grows by 0.4. "tapered",
+    the default, for the multistep methods of this project: the same around log(D^(3/8) sigma_data / 3), with scales 1.5 + 0.4 d above and 1.8 + 0.1 d
+    below, d = log(D / 64) or 0; its first step covers 0.55 of the others' share of these quantiles, the last of N > 10 steps 0.7 + 3/N. "wide": as
+    "student", with 0.9 of the others' share for the first step, 1/2 + 3/N for the last of N > 6, and scales 3 + N/4 above and 1 + N/4 below, for networks that
     predict eps. "ahead": "tapered", but 2 to 20 steps from noise (see `adams`) are those of one step more without its second time.
     "edm": uniform in (sigma / alpha)^(1/7) (arXiv:2206.00364 eq. 5); "log_snr": uniform in lambda (arXiv:2206.00927 section 3.2); "uniform" in t;
     "quadratic": uniform in sqrt(t) (arXiv:2010.02502 appendix D.2). Those that go by the SNR begin at a lambda of -20 at the lowest (less
     2 log sigma_data where that is above 1), where nothing is left of the data; t_max takes the place of that time.
-    sigma_data: the standard deviation of the data. event_size: how many numbers an event holds; the distances between its modes grow with it.
+    sigma_data: the standard deviation of the data. event_size: how many numbers an event holds: its radius grows with the root of that.
 
     Raises:
       ValueError: unknown kind, num_steps < 1, sigma_data not positive, event_size < 1, t_end outside [t_train, t_max), or times so close that they

@@ -104,7 +104,7 @@ def check_start(solver: Solver, name: str, sde: SDE, num_steps: int, t_start=Non
 def _run(solver, score_fn, sde, key, times, init, sigma_data, noise_level, correct, *, shape, denoise, return_path):
     key_prior, key_steps = jax.random.split(key)
     x = sde.prior_sample(key_prior, shape) if init is None else init
-    table = solver(Steps.of(sde, times, sigma_data, noise_level))
+    table = solver(Steps.of(sde, times, sigma_data, math.prod(x.shape[1:]), noise_level))
     check(isinstance(table, Table), f"a method must return a samplers.linear.Table, not {type(table).__name__}")
     correct = None if correct is None else functools.partial(correct, score_fn, sde)
     centre = getattr(solver, "centre", None)

@@ -22,8 +22,8 @@ from jaxtyping import PRNGKeyArray
 from sde_diffusion.prediction import as_pytree, check_process
 from sde_diffusion.samplers.grid import check_t_end, time_grid
 from sde_diffusion.samplers.integrate import check_state
-from sde_diffusion.samplers.linear import Steps, Table, advance, ahead, begin, centred, moved, run
-from sde_diffusion.samplers.ode import METHODS, between_orders, sample_ode, usual_method
+from sde_diffusion.samplers.linear import Steps, Table, advance, begin, moved, run
+from sde_diffusion.samplers.ode import METHODS, from_the_prior, from_within, sample_ode, usual_method
 from sde_diffusion.sde import SDE, check, known, pytree_dataclass
 
 # Random directions of each end point in which its derivatives are taken.
@@ -217,9 +217,10 @@ def fit_solver(
         sample_ode, score_fn, sde, key, shape, method=usual, num_steps=nfe, t_end=t_end, denoise=False, sigma_data=sigma_data
     )
     of_default = np.concatenate([_of_each(default(init=x), target) for x, target in zip(*held_out)])
-    grid = functools.partial(time_grid, sde, t_end=t_end, sigma_data=sigma_data, event_size=math.prod(shape[1:]))
+    size = math.prod(shape[1:])
+    grid = functools.partial(time_grid, sde, t_end=t_end, sigma_data=sigma_data, event_size=size)
     starts = [grid(nfe + 1), grid(nfe)] if usual == "adams" else [grid(nfe, METHODS[usual].grid)]
-    families = [_Family(sde, nfe, sigma_data, times, usual) for times in starts]
+    families = [_Family(sde, nfe, sigma_data, size, times, usual) for times in starts]
     fits = [_descend(family, score_fn, centre, data, held_out, jax.random.fold_in(key, 1), max_updates) for family in families]
     found, trial = [None] * len(fits), _TRIAL * len(fits)
     updates, ended_by, began = 0, "max_updates", time.monotonic()
@@ -241,7 +242,7 @@ def fit_solver(
     if _best([(best,), (of_default,)]) == 1:
         # Too few updates, or a sigma_data that is far off: nothing better than the default was found.
         best, times, centre = of_default, grid(nfe, METHODS[usual].grid), jnp.zeros(())
-        table = METHODS[usual](Steps.of(sde, times, sigma_data))
+        table = METHODS[usual](Steps.of(sde, times, sigma_data, size))
         table = dataclasses.replace(table, history=table.history[:, :nfe])  # of two steps the last is zero
     facts = {
         "sde": repr(sde), "nfe": int(nfe), "t_end": float(t_end), "sigma_data": float(sigma_data), "event_shape": list(shape[1:]),
@@ -314,6 +315,7 @@ class _Family:
     sde: SDE
     nfe: int
     sigma_data: Any
+    event_size: int
     times: Any  # of nfe or nfe + 1 steps
     usual: str = "adams"  # or adams_eps
 
@@ -330,15 +332,15 @@ class _Family:
     def build(self, parameters):
         """The table, and the times of the states."""
         n = self.nfe
-        plain = Steps.of(self.sde, self.times, self.sigma_data)
+        plain = Steps.of(self.sde, self.times, self.sigma_data, self.event_size)
         lengths = plain.h * jnp.exp(parameters["lengths"])
         inner = plain.half_log_snr[0] + jnp.cumsum(lengths * (plain.h.sum() / lengths.sum()))[:-1]
-        steps = Steps.of(self.sde, jnp.concatenate([self.times[:1], self.sde.time(2 * inner), self.times[-1:]]), self.sigma_data)
+        steps = Steps.of(self.sde, jnp.concatenate([self.times[:1], self.sde.time(2 * inner), self.times[-1:]]), self.sigma_data, self.event_size)
         less = steps.num - n
         if less:
-            table = ahead(steps, between_orders(steps))
+            table = from_within(steps)
         else:
-            table = centred(steps, between_orders(steps)) if self.usual == "adams" else METHODS[self.usual](steps)
+            table = from_the_prior(steps) if self.usual == "adams" else METHODS[self.usual](steps)
             first = jnp.zeros(n) if table.first is None else table.first
             table = dataclasses.replace(table, first=first, scale=jnp.ones(n))
         c = jnp.sqrt((steps.alpha * self.sigma_data) ** 2 + steps.sigma**2)[-n:]

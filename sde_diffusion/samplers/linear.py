@@ -17,7 +17,8 @@ from jaxtyping import Array, Float
 from sde_diffusion.prediction import predict
 from sde_diffusion.sde import SDE, Number, pytree_dataclass
 from sde_diffusion.times import lowest_log_snr
-
+# How many numbers an event holds, where nothing is said of it.
+EVENT_SIZE = 64
 # How wrong eps_hat is at the prior, of a network that predicts it.
 _EPS_ERROR = 0.002
 # An array of floats; under a JAX transformation, whatever leaf JAX puts in its place.
@@ -64,6 +65,7 @@ class Steps:
       half_log_snr: log(alpha / sigma) `(N + 1,)`; at zero terminal SNR, where it is infinite, -10 (less log sigma_data where that is above
         1), or 1/2 less than the next. An SNR that is no number of float32's is zero, and alpha with it.
       sigma_data: standard deviation of the data.
+      event_size: D, how many numbers an event holds.
       noise_level: tau, from 0 (the probability-flow ODE) over 1 (the reverse SDE) to beyond; None for a deterministic solver.
     """
 
@@ -73,15 +75,16 @@ class Steps:
     sigma: Float[Array, " times"]
     half_log_snr: Float[Array, " times"]
     sigma_data: Number
+    event_size: int
     noise_level: Number
 
     @classmethod
-    def of(cls, sde: SDE, time: Float[Array, " times"], sigma_data=0.5, noise_level=None) -> "Steps":
+    def of(cls, sde: SDE, time: Float[Array, " times"], sigma_data=0.5, event_size=EVENT_SIZE, noise_level=None) -> "Steps":
         """The steps of a grid of times."""
         log_snr = sde.log_snr(time)
         some = log_snr > -150.0
         log_snr = jnp.where(some, log_snr, jnp.minimum(lowest_log_snr(sigma_data), log_snr[1] - 1))
-        return cls(sde, time, jnp.where(some, sde.alpha(time), 0.0), sde.sigma(time), 0.5 * log_snr, sigma_data, noise_level)
+        return cls(sde, time, jnp.where(some, sde.alpha(time), 0.0), sde.sigma(time), 0.5 * log_snr, sigma_data, event_size, noise_level)
 
     @property
     def num(self) -> int:
@@ -169,43 +172,29 @@ def residual(alpha, sigma, s):
     return (-sine * cosine / s, cosine**2), c
 
 
-def angle_space(steps: Steps) -> Space:
-    """w over the angle theta: the project's own.
+def residual_space(steps: Steps, scale, fine, coarse) -> Space:
+    """w of `residual` for the standard deviation `scale`, over log((q + fine) / (q + coarse)), q = sigma / alpha: the project's own.
 
-    With s the standard deviation of the data, theta = arctan(sigma / (alpha s)), c = sqrt(alpha^2 s^2 + sigma^2) and
-    w = eps - sin(theta) x / c, the ODE is d(x / c) = w dtheta / cos(theta) = w dzeta, zeta = asinh(tan theta). No linear part
-    is left, w vanishes on N(0, s^2 I), and its scale is that of the error of a network that predicts eps. Data that
-    is not centred makes w proportional to cos(theta) at high noise, a network's bias makes it constant, and at low noise
-    theta is sigma / (alpha s): a polynomial in theta follows all three.
+    With theta = arctan(q / scale), c = sqrt(alpha^2 scale^2 + sigma^2) and w = eps - sin(theta) x / c, the ODE is d(x / c) = w dtheta / cos(theta)
+    = w dzeta, zeta = asinh(tan theta). No linear part is left, w vanishes on N(0, scale^2 I), and its scale is that of the error of a network that
+    predicts eps. Between the scales `fine` and `coarse` (which may be 0 and infinite), where data has its structure, the variable is log(sigma / alpha), of which
+    grids take about equal steps. Data that is not centred makes w proportional to cos(theta) at high noise, where it is alpha / sigma, and below all
+    structure w is smooth in sigma: a polynomial follows both.
     """
-    s = steps.sigma_data
     # At zero SNR as at the one by which the steps count: what is kept would vanish there, and the first move with it.
     alpha = jnp.where(steps.alpha > 0, steps.alpha, steps.sigma * jnp.exp(steps.half_log_snr))
-    (x0, eps), c = residual(alpha, steps.sigma, s)
-    zeta = jnp.arcsinh(jnp.exp(-steps.half_log_snr) / s)
+    (x0, eps), c = residual(alpha, steps.sigma, scale)
+    zeta = jnp.arcsinh(jnp.exp(-steps.half_log_snr) / scale)
     points, weights = _quadrature(jnp.diff(zeta))
 
-    def turned(zeta):
-        """theta - theta_i from zeta - zeta_i `(N, ...)`: by the sine of the difference, arctan would lose its digits."""
-        start = zeta_start[:, None] if zeta.ndim > 1 else zeta_start
-        end = start + zeta
-        sine = 2 * jnp.cosh(start + 0.5 * zeta) * jnp.sinh(0.5 * zeta) / (jnp.cosh(start) * jnp.cosh(end))
-        return jnp.arctan2(sine, jnp.tanh(start) * jnp.tanh(end) + 1 / (jnp.cosh(start) * jnp.cosh(end)))
+    def moved(length):
+        """How far the variable is from where it begins each step, `(N, ...)`, for zeta by these lengths."""
+        begin = zeta[:-1] if length.ndim == 1 else zeta[:-1, None]
+        start, end = scale * jnp.sinh(begin), scale * jnp.sinh(begin + length)
+        change = 2 * scale * jnp.cosh(begin + 0.5 * length) * jnp.sinh(0.5 * length)  # end - start, which would lose its digits
+        return jnp.log1p(change * (1 - fine / coarse) / ((start + fine) * (1 + end / coarse)))
 
-    zeta_start = zeta[:-1]
-    return Space(x0, eps, c[1:] / c[:-1], turned(jnp.diff(zeta)), turned(points), weights * c[1:, None])
-
-
-def residual_space(steps: Steps) -> Space:
-    """w of `residual` over l = log(alpha / sigma): d(x / c) = -sin(theta) w dl, the ODE of `angle_space` in another variable: the project's own.
-
-    For a w that changes with every log-SNR, as of a network that predicts eps: at high noise its x0_hat is off by eps_hat's error times
-    sigma / alpha, many standard deviations of the data.
-    """
-    (x0, eps), c = residual(steps.alpha, steps.sigma, steps.sigma_data)
-    points, weights = _quadrature(steps.h)
-    sine = 1 / jnp.hypot(1.0, steps.sigma_data * jnp.exp(steps.half_log_snr[:-1, None] + points))
-    return Space(x0, eps, c[1:] / c[:-1], steps.h, points, -weights * c[1:, None] * sine)
+    return Space(x0, eps, c[1:] / c[:-1], moved(jnp.diff(zeta)), moved(points), weights * c[1:, None])
 
 
 def _weights(space: Space, nodes: Float[Array, "steps nodes"], known) -> Float[Array, "steps nodes"]:
@@ -279,8 +268,8 @@ def multistep(
     return Table(steps.time[:-1], space.x0[:-1], space.eps[:-1], space.factor, history, noise=space.noise)
 
 
-def centred(steps: Steps, table: Table) -> Table:
-    """A solver in `angle_space` that also integrates what the first evaluation tells of the data's mean: the project's own.
+def centred(steps: Steps, table: Table, scale) -> Table:
+    """A solver in a `residual_space` of this scale s that also integrates what the first evaluation tells of the data's mean: the project's own.
 
     For N(m, s^2 I), whatever m, w is proportional to g = sin(theta) cos(theta), whose integral over zeta is known. So of every w
     the first one's g / g_0 is left to that integral, and only the rest is interpolated: with weight one the solver is exact for N(m, s^2 I),
@@ -289,36 +278,36 @@ def centred(steps: Steps, table: Table) -> Table:
     An error of eps_hat counts 1 / cos(theta_0) times in such a mean. Hence the weight 1 / (1 + (0.002 / cos(theta_0))^2): for data of
     s = 1/2 0.73 under `VP()`, 0.96 under `VE()`, next to nothing close to zero SNR, but one at zero SNR, from which no network predicts eps.
     """
-    share, whole = _told(steps, 0)
+    share, whole = _told(steps, scale, 0)
     return dataclasses.replace(table, first=whole - (table.history * _before(share, table.history.shape[1])).sum(axis=1))
 
 
-def ahead(steps: Steps, table: Table) -> Table:
+def ahead(steps: Steps, table: Table, scale) -> Table:
     """As `centred`, without the evaluation at the first time, which tells next to nothing but the mean; one row less: the project's own.
 
     The state is scaled to the second time, as for N(0, s^2 I), and evaluated there. What that tells is taken for the mean, from the first time on,
     where there is nothing to interpolate yet. With weight one exact for N(m, s^2 I) too: w is the same at every x. Where a direction of the data has a variance v of
     its own, the state evaluated is off by the share alpha^2 (v - s^2) / (2 sigma^2) of it: for few steps, from where sigma is many times alpha s.
     """
-    share, whole = _told(steps, 1)
+    share, whole = _told(steps, scale, 1)
     # Nothing of the first time.
     known = np.arange(steps.num)[:, None] > np.arange(table.history.shape[1])[None]
     history = jnp.where(known, table.history, 0.0)
     first = whole - (history * _before(share, history.shape[1])).sum(axis=1)
     first = first.at[1].add(table.state[1] * first[0])
-    scale = jnp.ones_like(table.state).at[1].set(table.state[0])
-    return jax.tree.map(lambda a: a[1:], dataclasses.replace(table, history=history, first=first, scale=scale))
+    before = jnp.ones_like(table.state).at[1].set(table.state[0])
+    return jax.tree.map(lambda a: a[1:], dataclasses.replace(table, history=history, first=first, scale=before))
 
 
-def _told(steps: Steps, at: int):
+def _told(steps: Steps, scale, at: int):
     """Of the evaluation at one time of the grid: the share of each w that its mean explains, and the integral of that over each step, `(N,)` each."""
-    zeta = jnp.arcsinh(jnp.exp(-steps.half_log_snr) / steps.sigma_data)
+    zeta = jnp.arcsinh(jnp.exp(-steps.half_log_snr) / scale)
     cosh, tanh = jnp.cosh(zeta), jnp.tanh(zeta)  # 1 / cos(theta), sin(theta)
     weight = jnp.where(steps.alpha[at] > 0, 1 / (1 + (_EPS_ERROR * cosh[at]) ** 2), 1.0)
-    scale = weight * cosh[at] / tanh[at]
+    trusted = weight * cosh[at] / tanh[at]
     falls = 2 * jnp.sinh(0.5 * (zeta[1:] + zeta[:-1])) * jnp.sinh(0.5 * (zeta[1:] - zeta[:-1]))  # of cosh
-    c = jnp.hypot(steps.alpha[1:] * steps.sigma_data, steps.sigma[1:])
-    return scale * tanh[:-1] / cosh[:-1], scale * (falls / cosh[1:] / cosh[:-1]) * c
+    c = jnp.hypot(steps.alpha[1:] * scale, steps.sigma[1:])
+    return trusted * tanh[:-1] / cosh[:-1], trusted * (falls / cosh[1:] / cosh[:-1]) * c
 
 
 def _before(values, num: int):

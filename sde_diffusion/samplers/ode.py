@@ -1,6 +1,7 @@
 """Deterministic samplers: the probability-flow ODE dx/dt = f - 1/2 g^2 score (arXiv:2011.13456 eq. 13)."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -10,51 +11,75 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from sde_diffusion.samplers.grid import asks_ahead, within_first
 from sde_diffusion.samplers.integrate import integrate
 from sde_diffusion.samplers.linear import (
-    Solver, Steps, Table, adams_bashforth, adams_moulton, ahead, angle_space, centred, data_space, midpoint, multistep,
+    Solver, Steps, Table, adams_bashforth, adams_moulton, ahead, centred, data_space, midpoint, multistep,
     noise_space, one_step, orders, register, residual, residual_space, sigma_space,
 )  # fmt: skip
 from sde_diffusion.sde import SDE, Number, derivative
 
 METHODS: dict[str, Solver] = {}
 
-# Adams-Bashforth as predictor and Adams-Moulton as corrector, for w over the angle (`linear.angle_space`), less what a mean of the data
-# explains (`linear.centred`): the project's own.
+# Adams-Bashforth as predictor and Adams-Moulton as corrector, for w over log sigma between the scales of the data (`linear.residual_space`), less
+# what a mean of the data explains (`linear.centred`): the project's own.
 
 _ADAMS = dict(evaluations=1, grid="tapered")
 
 
+def _scales(steps, num=None):
+    """(scale, fine, coarse) of `linear.residual_space` for `num` evaluations.
+
+    Data has structure from far below its standard deviation s to its radius s sqrt(D), and what is coarsest moves it the furthest. Four or fewer evaluations
+    cannot follow that: theirs are all s, and a polynomial in s / sigma or sigma / s.
+    """
+    s, root = steps.sigma_data, math.sqrt(steps.event_size)
+    # Never 0, which would leave nothing of the variable.
+    many = min(1.0, max(0.01, ((steps.num if num is None else num) - 4) / 6))
+    return s * max(1.0, root / 8) ** many, s * 0.1**many, s * (0.25 * root) ** many
+
+
 def _adams(steps, order):
-    space = angle_space(steps)
-    return centred(steps, multistep(steps, space, adams_bashforth(space, order), adams_moulton(space, order)))
+    scales = _scales(steps)
+    space = residual_space(steps, *scales)
+    return centred(steps, multistep(steps, space, adams_bashforth(space, order), adams_moulton(space, order)), scales[0])
 
 
-def between_orders(steps: Steps, space=angle_space, corrected=True) -> Table:
-    """The rule of `adams`, for `centred` or `ahead`."""
+def _between_orders(steps, scales, corrected=True):
     left = steps.num - np.arange(steps.num)
     order = np.minimum(orders(steps.num, 4), np.maximum(2, left - 1))
-    space = space(steps)
+    space = residual_space(steps, *scales)
     high, low = adams_bashforth(space, order), adams_bashforth(space, np.maximum(order - 1, 1))
     explicit = 0.75 * high + 0.25 * jnp.pad(low, ((0, 0), (0, high.shape[1] - low.shape[1])))
     return multistep(steps, space, explicit, adams_moulton(space, order) if corrected else None)
+
+
+def from_the_prior(steps: Steps) -> Table:
+    """The rule of `adams` with an evaluation at the first time, as in many steps."""
+    scales = _scales(steps)
+    return centred(steps, _between_orders(steps, scales), scales[0])
+
+
+def from_within(steps: Steps) -> Table:
+    """The rule of `adams` without an evaluation at the first time, as in few steps; one row less."""
+    scales = _scales(steps, steps.num - 1)
+    return ahead(steps, _between_orders(steps, scales), scales[0])
 
 
 @register(METHODS, order=2, source="as adams_4; linear.ahead", evaluations=1, grid="ahead")
 def adams(steps: Steps) -> Table:
     """The default, for any number of evaluations: as adams_4, with a predictor between two orders.
 
-    It predicts by three quarters of Adams-Bashforth of order 4 and one of order 3: networks are less smooth than exact scores,
+    It is told the data's standard deviation s and the dimensions D, as the grid is: up to 4 evaluations go by s alone, 10 and more by the radius s sqrt(D) too
+    (`linear.residual_space`; exact for N(m, s^2 I) up to 64 dimensions). It predicts by three quarters of Adams-Bashforth of order 4 and one of order 3: networks are less smooth than exact scores,
     and high orders amplify that. The last three steps are of orders 2 and 1: they are long beside the finest structure of the data, and the
     network's own error outweighs what higher orders gain. Order 2 is that of the last step, which is not corrected.
-    In 2 to 20 steps from noise, sigma > 10 alpha s in up to 8 steps and 100 alpha s in 20, the first evaluation is within the first step instead of at
+    In 2 to 20 steps from noise, for up to 64 dimensions sigma > 14 alpha s in up to 8 steps and 140 alpha s in 20, the first evaluation is within the first step instead of at
     its beginning, where it would tell the mean of the data and little else (`linear.ahead`).
     """
-    rule = centred(steps, between_orders(steps))
-    noise = asks_ahead(steps.half_log_snr[0], steps.num, steps.sigma_data)
+    rule = from_the_prior(steps)
+    noise = asks_ahead(steps.half_log_snr[0], steps.num, steps.sigma_data, steps.event_size)
     if noise is False:
         return rule
-    inner = within_first(steps.sde, steps.time, steps.sigma_data)
-    more = Steps.of(steps.sde, jnp.insert(steps.time, 1, inner), steps.sigma_data)
-    few = ahead(more, between_orders(more))
+    inner = within_first(steps.sde, steps.time, steps.sigma_data, steps.event_size)
+    few = from_within(Steps.of(steps.sde, jnp.insert(steps.time, 1, inner), steps.sigma_data, steps.event_size))
     rule = dataclasses.replace(rule, scale=jnp.ones_like(rule.time))
     rule, few = (_widen(table, max(rule.history.shape[1], few.history.shape[1])) for table in (rule, few))
     return jax.tree.map(lambda a, b: jnp.where(noise, a, b), few, rule)
@@ -73,8 +98,8 @@ def adams_eps(steps: Steps) -> Table:
     of three times the data's standard deviation (of less in fewer than 8 steps, of one in up to 4), interpolated over log-SNR, on a grid that is the
     more even the more steps it has. Two steps are too long to correct the first. The less eps is off, the more adams gains on it.
     """
-    steps = dataclasses.replace(steps, sigma_data=min(3.0, max(1.0, 0.5 * steps.num - 1)) * steps.sigma_data)
-    return between_orders(steps, residual_space, corrected=steps.num > 2)
+    scale = min(3.0, max(1.0, 0.5 * steps.num - 1)) * steps.sigma_data
+    return _between_orders(steps, (scale, 0.0, np.inf), corrected=steps.num > 2)
 
 
 def usual_method(prediction: str | None) -> str:
@@ -94,9 +119,9 @@ def adams_3(steps: Steps) -> Table:
     return _adams(steps, orders(steps.num, 3))
 
 
-@register(METHODS, order=5, min_steps=4, source="linear.angle_space, linear.centred", **_ADAMS)
+@register(METHODS, order=5, min_steps=4, source="linear.residual_space, linear.centred", **_ADAMS)
 def adams_4(steps: Steps) -> Table:
-    """Multistep predictor and corrector for w over the angle arctan(sigma / (alpha s)): for many steps and small errors.
+    """Multistep predictor and corrector for w over log sigma between the data's scales: for many steps and small errors.
 
     Adams-Bashforth of order 4 predicts a step, Adams-Moulton of order 5 redoes it once its end has been evaluated for the
     next (PEC). Orders rise from 1 at the start; the last step is not corrected. What a mean of the data explains is integrated exactly, as far as the
@@ -260,7 +285,7 @@ def heun_step(steps: Steps, t, alpha, sigma, h):
     return dict(times=[t, steps.time[1:]], kept=kept, moves=[(factor, [first]), (factor, end)])
 
 
-@register(METHODS, order=4, evaluations=4, source="Kutta 1901; linear.angle_space")
+@register(METHODS, order=4, evaluations=4, source="Kutta 1901; linear.residual_space")
 def rk4(steps: Steps) -> Table:
     """The classical Runge-Kutta method, for d(x / c) = w dzeta as in adams_4."""
     s, zeta = steps.sigma_data, jnp.arcsinh(jnp.exp(-steps.half_log_snr) / steps.sigma_data)
