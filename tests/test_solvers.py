@@ -325,6 +325,16 @@ def test_a_network_of_eps_is_followed_through_the_noise(num_steps):
     assert ours < min(others.values()), (ours, others)
 
 
+@pytest.mark.parametrize("sde", [sd.VP(beta_max=100.0), sd.VE(0.01, 1e8), sd.LinearLogSNR(log_snr_min=-50.0)], ids=["vp", "ve", "linear"])
+@pytest.mark.parametrize("num_steps", [2, 3, 5, 18])
+def test_a_network_of_eps_from_next_to_no_snr(sde, num_steps):
+    """Its first step is e^20 long and more, of which float32 keeps no difference to 1; exact eps of N(1.5, 1/4 I), whose mean and size samples keep."""
+    exact = sd.GaussianMixture.gaussian(np.full(2, 1.5), 0.25 * np.eye(2)).score_fn(sde)
+    score_fn = sd.as_score(lambda x, t: exact.predict(x, t)[1], sde, prediction="eps")
+    x = sd.sample_ode(score_fn, sde, jax.random.key(0), (64, 2), num_steps=num_steps)
+    assert np.isfinite(x).all() and (num_steps < 18 or np.abs(x - 1.5).max() < 6 * 0.5)
+
+
 @pytest.mark.parametrize(("prediction", "method"), [("eps", "adams_eps"), ("score", "adams_eps"), ("v", "adams"), ("x0", "adams"), ("edm", "adams"), (None, "adams")])
 def test_the_default_goes_by_what_the_network_predicts(prediction, method):
     sde = SDES["vp"]

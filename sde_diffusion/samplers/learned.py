@@ -320,7 +320,7 @@ class _Family:
     usual: str = "adams"  # or adams_eps
 
     def start(self):
-        """Zeros: of that rule itself, about the centre; that of `adams` is exact for N(centre, sigma_data^2 I)."""
+        """Zeros: of that rule itself, about the centre; that of `adams` is exact for N(centre, sigma_data^2 I) up to 64 dimensions."""
         n = self.nfe
         lengths = jnp.zeros(len(self.times) - 1)
         return {"lengths": lengths, "scale": jnp.zeros(()), "state": jnp.zeros(n), "history": jnp.zeros(len(self._places()[0]))}

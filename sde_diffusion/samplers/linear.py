@@ -192,7 +192,10 @@ def residual_space(steps: Steps, scale, fine, coarse) -> Space:
         begin = zeta[:-1] if length.ndim == 1 else zeta[:-1, None]
         start, end = scale * jnp.sinh(begin), scale * jnp.sinh(begin + length)
         change = 2 * scale * jnp.cosh(begin + 0.5 * length) * jnp.sinh(0.5 * length)  # end - start, which would lose its digits
-        return jnp.log1p(change * (1 - fine / coarse) / ((start + fine) * (1 + end / coarse)))
+        share = change * (1 - fine / coarse) / ((start + fine) * (1 + end / coarse))
+        # Near -1, after a step of many powers of e, nothing is left of its digits.
+        whole = jnp.log((end + fine) / (start + fine)) - jnp.log((1 + end / coarse) / (1 + start / coarse))
+        return jnp.where(share > -0.5, jnp.log1p(jnp.maximum(share, -0.5)), whole)
 
     return Space(x0, eps, c[1:] / c[:-1], moved(jnp.diff(zeta)), moved(points), weights * c[1:, None])
 
