@@ -98,7 +98,8 @@ def asks_ahead(half_log_snr, num_steps: int, s, size):
     What that costs goes by (alpha / sigma)^2 there times the largest variance of the data, which grows with its dimensions, whatever the number of steps, of
     which more ask for less.
     """
-    return 2 <= num_steps <= 20 and jnp.exp(-half_log_snr) > 1.75 * jnp.maximum(8.0, size**0.5) * max(1.0, num_steps / 8) ** 2.5 * s
+    noise = jnp.exp(-jnp.maximum(half_log_snr, 0.5 * lowest_log_snr(s)))
+    return 2 <= num_steps <= 20 and noise > 1.75 * jnp.maximum(8.0, size**0.5) * max(1.0, num_steps / 8) ** 2.5 * s
 
 
 def _ahead(sde, t0, t1, u, s, size):
