@@ -206,16 +206,23 @@ def test_a_network_s_error_is_not_taken_for_a_mean(sde):
     assert moved[0] < 2 * moved[1]
 
 
-@pytest.mark.parametrize(("event_size", "centre"), [(1, 1 / 3), (64, 1.585), (1024, 4.485)])
-def test_the_tapered_grid_s_first_and_last_steps_are_shorter(event_size, centre):
-    """Its steps are uniform quantiles of Student's distribution, but the first, of 0.55, and the last, of 0.7 + 3/N."""
-    sde, num_steps = sd.VE(sigma_min=0.001, sigma_max=80.0, t_min=1e-6, t_train=1e-6), 20
+@pytest.mark.parametrize(
+    ("num_steps", "event_size", "centre", "above", "below", "first", "last"),
+    [
+        (20, 1, 1 / 3, 1.5, 1.8, 0.55, 0.85),
+        (20, 64, 1.585, 1.5, 1.8, 0.55, 0.85),
+        (20, 1024, 4.485, 2.609, 2.0773, 0.55, 0.85),
+        (5, 64, 1.9027, 2.0, 1.85, 0.7, 1.0),
+        (5, 1024, 5.3817, 2.8318, 1.9886, 0.7, 1.0),
+    ],
+)
+def test_the_tapered_grid_s_first_and_last_steps_are_shorter(num_steps, event_size, centre, above, below, first, last):
+    """Its steps are uniform quantiles of Student's distribution, but the first, and the last of many; five go further out."""
+    sde = sd.VE(sigma_min=0.001, sigma_max=80.0, t_min=1e-6, t_train=1e-6)
     times = sd.time_grid(sde, num_steps, sigma_data=0.5, event_size=event_size)
     z = -0.5 * np.asarray(sde.log_snr(times), np.float64) - np.log(centre * 0.5)
-    octaves = np.log(max(event_size / 64, 1))
-    scale = np.where(z > 0, 1.5 + 0.4 * octaves, 1.8 + 0.1 * octaves)
-    steps = -np.diff(scipy.stats.t.cdf(z / scale, df=2))
-    np.testing.assert_allclose(steps / steps[1], [0.55, *[1.0] * (num_steps - 2), 0.85], rtol=2e-3)
+    steps = -np.diff(scipy.stats.t.cdf(z / np.where(z > 0, above, below), df=2))
+    np.testing.assert_allclose(steps / steps[1], [first, *[1.0] * (num_steps - 2), last], rtol=2e-3)
 
 
 @pytest.mark.parametrize("num_steps", [1, 2, 5, 20, 21])

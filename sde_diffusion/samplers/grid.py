@@ -49,9 +49,16 @@ def _student_quantiles(sde, t1, s, size):
     return _quantiles(jnp.log(0.65 * size**0.2 * (1 - 0.28 * early) * s), 2.0, 2.1 + 0.4 * early)
 
 
-def _tapered_quantiles(sde, t1, s, size):
+def few(num: int) -> bool:
+    """Whether these are so few evaluations that their grid, and the linear part of `adams`, go further out: up to five."""
+    return num < 6
+
+
+def _tapered_quantiles(sde, t1, s, size, num):
     # Of a method that corrects its steps, and errs most where the data is coarsest: up to its radius, s sqrt(D).
     early, more = _early(sde, t1, s), jnp.log(jnp.maximum(size / 64, 1.0))
+    if few(num):
+        return _quantiles(jnp.log(0.4 * size**0.375 * (1 - 0.28 * early) * s), 2.0 + 0.3 * more, 1.85 + 0.4 * early + 0.05 * more)
     return _quantiles(jnp.log(size**0.375 / 3 * (1 - 0.28 * early) * s), 1.5 + 0.4 * more, 1.8 + 0.4 * early + 0.1 * more)
 
 
@@ -73,6 +80,11 @@ def _student(sde, t0, t1, u, s, size, quantiles=None):
     return sde.time(log_snr(first + (last - first) * u))
 
 
+def _first_less(num):
+    # By what share the first step of "tapered" is less.
+    return 0.3 if few(num) else 0.45
+
+
 def _taper(u, first, last):
     """As u, but the first of its N steps less by this share, the last by one that rises to `last`: by 3/N less."""
     # A multistep method's first step has no history, and nothing corrects its last: both are shorter, the last more so in long runs.
@@ -82,8 +94,9 @@ def _taper(u, first, last):
     return jnp.asarray(np.concatenate([[0.0], np.cumsum(lengths) / lengths.sum()]), u.dtype)
 
 
-def _tapered(sde, t0, t1, u, s, size):
-    return _student(sde, t0, t1, _taper(u, 0.45, 0.3), s, size, _tapered_quantiles(sde, t1, s, size))
+def _tapered(sde, t0, t1, u, s, size, num=None):
+    num = len(u) - 1 if num is None else num
+    return _student(sde, t0, t1, _taper(u, _first_less(num), 0.3), s, size, _tapered_quantiles(sde, t1, s, size, num))
 
 
 def _wide(sde, t0, t1, u, s, size):
@@ -104,15 +117,18 @@ def asks_ahead(half_log_snr, num_steps: int, s, size):
 
 def _ahead(sde, t0, t1, u, s, size):
     # Two steps in one, where the method's first evaluation is within its first step.
-    more = _tapered(sde, t0, t1, jnp.zeros(len(u) + 1, u.dtype), s, size)
-    return jnp.where(asks_ahead(0.5 * _ends(sde, t0, t1, s)[0], len(u) - 1, s, size), jnp.delete(more, 1), _tapered(sde, t0, t1, u, s, size))
+    num = len(u) - 1
+    more = _tapered(sde, t0, t1, jnp.zeros(num + 2, u.dtype), s, size, num)
+    return jnp.where(asks_ahead(0.5 * _ends(sde, t0, t1, s)[0], num, s, size), jnp.delete(more, 1), _tapered(sde, t0, t1, u, s, size))
 
 
 def within_first(sde: SDE, times: Float[Array, " times"], sigma_data: Number, event_size: int) -> Float[Array, ""]:
     """The time within the first step of a grid that "ahead" leaves out: where "tapered" has it."""
-    quantile, log_snr = _tapered_quantiles(sde, times[-1], sigma_data, float(event_size))
+    num = len(times) - 1
+    quantile, log_snr = _tapered_quantiles(sde, times[-1], sigma_data, float(event_size), num)
     first, second = (quantile(end) for end in _ends(sde, times[0], times[1], sigma_data))
-    return sde.time(log_snr(first + (second - first) * 0.55 / 1.55))
+    least = 1 - _first_less(num)
+    return sde.time(log_snr(first + (second - first) * least / (1 + least)))
 
 
 # (sde, first time, last time, u in [0, 1], standard deviation of the data, size of an event) -> times.
@@ -128,7 +144,8 @@ def time_grid(
     scale 2 above and 2.1 below) around log(0.65 D^(1/5) sigma_data), D = event_size: most steps where the data takes shape; for an end between
     e^-5.5 and e^-3 sigma_data the centre moves to 0.72 of that and the lower scale grows by 0.4. "tapered",
     the default, for the multistep methods of this project: the same around log(D^(3/8) sigma_data / 3), with scales 1.5 + 0.4 d above and 1.8 + 0.1 d
-    below, d = log(D / 64) or 0; its first step covers 0.55 of the others' share of these quantiles, the last of N > 10 steps 0.7 + 3/N. "wide": as
+    below, d = log(D / 64) or 0 (in up to 5 steps around log(0.4 D^(3/8) sigma_data), with 2 + 0.3 d and 1.85 + 0.05 d); its first step covers 0.55 (up to 5: 0.7)
+    of the others' share of these quantiles, the last of N > 10 steps 0.7 + 3/N. "wide": as
     "student", with 0.9 of the others' share for the first step, 1/2 + 3/N for the last of N > 6, and scales 3 + N/4 above and 1 + N/4 below, for networks that
     predict eps. "ahead": "tapered", but 2 to 20 steps from noise (see `adams`) are those of one step more without its second time.
     "edm": uniform in (sigma / alpha)^(1/7) (arXiv:2206.00364 eq. 5); "log_snr": uniform in lambda (arXiv:2206.00927 section 3.2); "uniform" in t;

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from sde_diffusion.samplers.grid import asks_ahead, within_first
+from sde_diffusion.samplers.grid import asks_ahead, few, within_first
 from sde_diffusion.samplers.integrate import integrate
 from sde_diffusion.samplers.linear import (
     Solver, Steps, Table, adams_bashforth, adams_moulton, ahead, centred, data_space, midpoint, multistep,
@@ -28,12 +28,15 @@ def _scales(steps, num=None):
     """(scale, fine, coarse) of `linear.residual_space` for `num` evaluations.
 
     Data has structure from far below its standard deviation s to its radius s sqrt(D), and what is coarsest moves it the furthest. Four or fewer evaluations
-    cannot follow that: theirs are all s, and a polynomial in s / sigma or sigma / s.
+    cannot follow that: theirs are next to s, and a polynomial in s / sigma or sigma / s.
     """
     s, root = steps.sigma_data, math.sqrt(steps.event_size)
+    num = steps.num if num is None else num
     # Never 0, which would leave nothing of the variable.
-    many = min(1.0, max(0.01, ((steps.num if num is None else num) - 4) / 6))
-    return s * max(1.0, root / 8) ** many, s * 0.1**many, s * (0.25 * root) ** many
+    many, wide = min(1.0, max(0.01, (num - 4) / 6)), max(1.0, root / 8)
+    # Where the grid goes further out, the linear part follows.
+    linear = min(1.0, many + 0.08 * math.log(wide)) if few(num) else many
+    return s * wide**linear, s * 0.1**many, s * (0.25 * root) ** many
 
 
 def _adams(steps, order):
@@ -67,7 +70,7 @@ def from_within(steps: Steps) -> Table:
 def adams(steps: Steps) -> Table:
     """The default, for any number of evaluations: as adams_4, with a predictor between two orders.
 
-    It is told the data's standard deviation s and the dimensions D, as the grid is: up to 4 evaluations go by s alone, 10 and more by the radius s sqrt(D) too
+    It is told the data's standard deviation s and the dimensions D, as the grid is: up to 4 evaluations go by little but s, 10 and more by the radius s sqrt(D) too
     (`linear.residual_space`; exact for N(0, s^2 I) up to 64 dimensions). It predicts by three quarters of Adams-Bashforth of order 4 and one of order 3: networks are less smooth than exact scores,
     and high orders amplify that. The last three steps are of orders 2 and 1: they are long beside the finest structure of the data, and the
     network's own error outweighs what higher orders gain. Order 2 is that of the last step, which is not corrected.
@@ -79,10 +82,10 @@ def adams(steps: Steps) -> Table:
     if noise is False:
         return rule
     inner = within_first(steps.sde, steps.time, steps.sigma_data, steps.event_size)
-    few = from_within(Steps.of(steps.sde, jnp.insert(steps.time, 1, inner), steps.sigma_data, steps.event_size))
+    within = from_within(Steps.of(steps.sde, jnp.insert(steps.time, 1, inner), steps.sigma_data, steps.event_size))
     rule = dataclasses.replace(rule, scale=jnp.ones_like(rule.time))
-    rule, few = (_widen(table, max(rule.history.shape[1], few.history.shape[1])) for table in (rule, few))
-    return jax.tree.map(lambda a, b: jnp.where(noise, a, b), few, rule)
+    rule, within = (_widen(table, max(rule.history.shape[1], within.history.shape[1])) for table in (rule, within))
+    return jax.tree.map(lambda a, b: jnp.where(noise, a, b), within, rule)
 
 
 def _widen(table, num):
