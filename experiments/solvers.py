@@ -256,6 +256,7 @@ def generality(problems, fit: bool) -> dict[str, dict]:
     print("\nerror over that of the best peer")
     print(f"{'default solver':<28}" + "".join(f"{n:>8}" for n in BUDGETS), flush=True)
     for problem in problems:
+        jax.clear_caches()  # of the problems before, whose shapes differ: a process has room for so many programs only
         best = peers(problem)
         row = {"default": {n: problem.error(num_steps=n) / best_peer(best, n) for n in BUDGETS}}
         print(f"{problem.name:<28}" + "".join(f"{v:8.2f}" for v in row["default"].values()), flush=True)

@@ -222,7 +222,7 @@ def test_the_tapered_grid_s_first_and_last_steps_are_shorter(num_steps, event_si
     times = sd.time_grid(sde, num_steps, sigma_data=0.5, event_size=event_size)
     z = -0.5 * np.asarray(sde.log_snr(times), np.float64) - np.log(centre * 0.5)
     steps = -np.diff(scipy.stats.t.cdf(z / np.where(z > 0, above, below), df=2))
-    np.testing.assert_allclose(steps / steps[1], [first, *[1.0] * (num_steps - 2), last], rtol=2e-3)
+    np.testing.assert_allclose(steps / steps[1], [first, *[1.0] * (num_steps - 2), last], rtol=1e-3)
 
 
 @pytest.mark.parametrize("num_steps", [1, 2, 5, 20, 21])

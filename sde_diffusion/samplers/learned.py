@@ -157,8 +157,9 @@ def fit_solver(
 
     Fitted are the times, and factors of the state and of all evaluations so far (the last 6 where nfe > 10), for x and x0_hat about the mean of
     the data, so that no factor is spent on where the data lies. Levenberg-Marquardt does it, against solutions of `adams_4` in `fine_steps` steps
-    from `num_states` prior draws, of which the first updates look at some. It starts twice, and goes on with the better one: from `adams` as it is in
-    2 to 20 steps from noise, the first evaluation at a free time within the first step, and as it is else, the first evaluation at t_max. For a network
+    from `num_states` prior draws, of which the first updates look at some. It starts twice, and goes on with the better one: from the rule of `adams` in
+    2 to 20 steps from noise, on the grid "tapered" of a step more, the first evaluation at a free time within the first step, and from that of more steps, the first
+    evaluation at t_max. For a network
     that predicts eps or the score it starts from `adams_eps`, which also gives the solutions.
 
     The objective is the pseudo-Huber mean of the states' errors: a state that ends in another mode of the data is far off by chance, and
