@@ -79,6 +79,10 @@ def main(argv=None):
     if len(test) < options.num:
         parser.error(f"--num={options.num}: there are {len(test)} held-out examples")
     held_out = run.scaler.dequantize(jax.random.key(1), np.asarray(test[: options.num]))
+    print(f"{options.workdir}, step {run.step}: {options.num} states, solution of {options.reference} steps; "
+          f"{jax.devices()[0].platform}, JAX {jax.__version__}, Python {platform.python_version()}")  # fmt: skip
+    rivals = "diffusers'" if importlib.util.find_spec("diffusers") else "the library's own (pip install -e '.[bench]' brings diffusers')"
+    print(f"other solvers: {rivals}; this takes minutes", flush=True)
     usual = usual_method(run.score_fn.prediction)
     exact = ends(run, start, method="adams_4", num_steps=options.reference)
     quality = {"many steps": energy_distance(exact, held_out)}
@@ -92,8 +96,6 @@ def main(argv=None):
         if budget not in best or squared.mean() < best[budget][1].mean():
             best[budget] = f"{name}, {grid}", squared
 
-    print(f"{options.workdir}, step {run.step}: {options.num} states, solution of {options.reference} steps; "
-          f"{jax.devices()[0].platform}, JAX {jax.__version__}, Python {platform.python_version()}")  # fmt: skip
     print(f"energy distance of the solution of many steps {quality['many steps'][0]:.4f} +- {quality['many steps'][1]:.4f}")
     print(f"{'evaluations':>11}{usual:>11}{'best other':>12}{'ratio':>17}   which{'':<19}{'energy distance':>15}{'best other':>12}")
     closest = {n: min(row["energy distance"] for row in table[n].values()) for n in budgets}
@@ -104,7 +106,7 @@ def main(argv=None):
         value, spread = ratio(squared, theirs)
         rmse, distance = float(np.sqrt(squared.mean())), energy_distance(x, held_out)[0]
         table[n][kind] = {"rmse": rmse, "energy distance": distance, "ratio": value, "stderr": spread, "best": name}
-        print(f"{n:>11}{rmse:11.4f}{np.sqrt(theirs.mean()):12.4f}{value:9.3f} +- {spread:.3f}   {name:<24}{distance:15.4f}{closest[n]:12.4f}")
+        print(f"{n:>11}{rmse:11.4f}{np.sqrt(theirs.mean()):12.4f}{value:9.3f} +- {spread:.3f}   {name:<24}{distance:15.4f}{closest[n]:12.4f}", flush=True)
         return value
 
     mean = float(np.exp(np.mean([np.log(show(usual, n, ends(run, start, num_steps=n))) for n in budgets])))

@@ -21,8 +21,16 @@ from sde_diffusion.weights import is_monotone, weights
 __all__ = [
     "AdaptiveTimes", "Bound", "DDPM", "LearnedSolver", "Likelihood", "LinearLogSNR", "MonotoneLogSNR", "SDE", "SMLD",
     "VE", "VP", "CosineVP", "GaussianMixture", "SubVP", "as_score", "cosine_betas", "discrete_bits_per_dim",
-    "dsm_loss", "encode", "fit_solver", "implicit_loss", "is_monotone", "linear_betas", "log_likelihood",
+    "dsm_loss", "encode", "fit_solver", "implicit_loss", "is_monotone", "linear_betas", "load_run", "log_likelihood",
     "sample_adaptive", "sample_langevin", "sample_ode", "sample_pc", "sample_sde", "sample_times", "slerp",
     "sliced_loss", "solvers", "time_grid", "truncated_normal_dequantize", "uniform_dequantize", "variational_bound",
     "variational_dequantize", "weighted_loss", "weights",
 ]  # fmt: skip
+
+
+def __getattr__(name):
+    if name == "load_run":  # imports what reads data and checkpoints, which nothing else here needs
+        from sde_diffusion.evaluate import load_run
+
+        return load_run
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -31,7 +31,7 @@ SDES = {
 # The function, the solvers that it knows, and its usual one; of the ODE by what the network predicts.
 SAMPLERS = {
     "ode": (sample_ode, ode.METHODS, None),
-    "sde": (sample_sde, reverse.METHODS, "euler_maruyama"),
+    "sde": (sample_sde, reverse.METHODS, "sa_solver"),
     "pc": (sample_pc, pc.PREDICTORS, "reverse_diffusion"),
 }
 
@@ -259,6 +259,7 @@ def validate(config: ConfigDict) -> None:
     check(config.eval.ode or config.eval.bound_draws > 0, "eval.ode=False and eval.bound_draws=0 leave no bits/dim; switch one on")
     if config.sample.sampler == "pc":
         lookup(pc.CORRECTORS, config.sample.corrector, "sample.corrector")
+        check(config.sample.snr < 1, f"sample.snr={config.sample.snr!r} must be below 1, where Langevin steps are stable; 0.16 is usual")
     if config.sample.grid is not None:
         lookup(GRIDS, config.sample.grid, "sample.grid")
     lookup({"hutchinson": 0, "exact": 0}, config.eval.trace, "eval.trace")

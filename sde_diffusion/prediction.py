@@ -1,6 +1,7 @@
 """The hub between what a network predicts and what everything else uses: the pair (x0, eps) with x = alpha x0 + sigma eps."""
 
 import dataclasses
+import difflib
 from collections.abc import Callable
 from typing import Any
 
@@ -44,7 +45,9 @@ NOISE_LABELS: dict[str, Callable] = {
 def lookup(table: dict, name: Any, kind: str):
     """`table[name]`, or a ValueError that lists the known names."""
     if not isinstance(name, str) or name not in table:
-        raise ValueError(f"unknown {kind} {shown(name)}; choose one of {', '.join(sorted(table))}")
+        close = difflib.get_close_matches(str(name).lower(), list(table), 1)
+        hint = f"did you mean {close[0]!r}? It must be" if close else "choose"
+        raise ValueError(f"unknown {kind} {shown(name)}; {hint} one of {', '.join(sorted(table))}")
     return table[name]
 
 
@@ -155,7 +158,9 @@ def zero_terminal_snr(sde: SDE, t=None) -> bool:
 
 
 def check_process(score_fn, sde: SDE) -> None:
-    """Raises ValueError where a score function knows its own process (`score_fn.sde`) and it is another than `sde`."""
+    """Raises ValueError where `sde` is no process, or a score function knows its own (`score_fn.sde`) and it is another."""
+    example = f"an SDE, as sd.{sde.__name__}()" if isinstance(sde, type) else "an SDE, as sd.VP(); the order of arguments is score_fn, sde, key"
+    check(isinstance(sde, SDE), f"sde={shown(sde)} must be {example}")
     other = getattr(score_fn, "sde", None)
     if isinstance(other, SDE) and known(*jax.tree.leaves((other, sde))):
         with jax.ensure_compile_time_eval():

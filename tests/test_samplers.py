@@ -1,3 +1,5 @@
+import inspect
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,9 +9,11 @@ import scipy.stats
 from oracle import SDES, ZERO_SNR, drift_and_squared_diffusion, mixture, moment_z_scores, order
 
 import sde_diffusion as sd
+from sde_diffusion.prediction import check_process
 from sde_diffusion.samplers import ode
 from sde_diffusion.samplers import sde as reverse
 from sde_diffusion.samplers.grid import GRIDS, resolve_grid
+from sde_diffusion.samplers.integrate import check_shape, check_state
 
 NAMES = sorted(SDES)
 ODE = tuple(sorted(ode.METHODS))
@@ -425,6 +429,30 @@ def test_gradients_flow_through_a_sampler(x64):
     np.testing.assert_allclose(jax.grad(end)(init), [[slope]], rtol=1e-3)
 
 
+@pytest.mark.parametrize("method", ["ancestral", "sa_solver", "churned_heun"])
+def test_gradients_of_no_noise_are_those_of_the_ode(method, x64):
+    """At noise level 0, where the noise's standard deviation is a root at zero: as a difference quotient has them."""
+    sde, oracle, times = SDES["vp"], mixture(), jnp.array([1.0, 0.6, 0.3, 0.1, 0.01])
+
+    def mean(times):
+        return sd.sample_sde(oracle.score_fn(sde), sde, jax.random.key(0), (4, 2), method=method, grid=times, noise_level=0.0).mean()
+
+    gradient, move = jax.grad(mean)(times), jnp.array([0.0, 1e-5, -1e-5, 1e-5, 1e-6])
+    np.testing.assert_allclose(gradient @ move, 0.5 * (mean(times + move) - mean(times - move)), rtol=1e-5)
+    assert np.isfinite(jax.grad(lambda level: sd.sample_sde(oracle.score_fn(sde), sde, jax.random.key(0), (4, 2), noise_level=level,
+                                                             method=method, num_steps=4).sum())(1.0))  # fmt: skip
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 3, 5])
+@pytest.mark.parametrize("name", ["vp", "cosine", "ve"])
+def test_heun_does_not_blow_up_in_few_steps(name, num_steps):
+    """The samples stay as far out as the data, whose modes are within 5 standard deviations of 4; they used to be a hundred times as far."""
+    sde, oracle = SDES[name], mixture()
+    draw = lambda method, **o: sampler(method)(oracle.score_fn(sde), sde, jax.random.key(0), (64, 2), num_steps=num_steps, **o)  # noqa: E731
+    for x in (draw("heun"), draw("churned_heun"), draw("churned_heun", noise_level=2.0)):
+        assert np.abs(x).max() < 4
+
+
 def test_a_schedule_is_an_argument_like_any_other():
     """vmap over beta_max, and the SDE as a traced argument of jit."""
     oracle = mixture()
@@ -483,6 +511,17 @@ def vp_call(function=sd.sample_ode, **options):
         (vp_call(sd.sample_pc, corrector="mala"), ["corrector 'mala'", "annealed_langevin, langevin, langevin_norm"]),
         (vp_call(sd.sample_pc, corrector_steps=-1), ["corrector_steps=-1", "at least 0"]),
         (vp_call(sd.sample_pc, snr=0.0), ["snr=0.0", "0.16"]),
+        (vp_call(sd.sample_pc, snr=1.2), ["snr=1.2", "stable"]),
+        (vp_call(sd.sample_pc, corrector="mala", corrector_steps=0), ["corrector 'mala'"]),
+        (vp_call(sd.sample_adaptive, noise_level=np.inf), ["noise_level=inf", "finite"]),
+        (vp_call(sd.sample_adaptive, sigma_data=np.inf), ["sigma_data=inf", "finite"]),
+        (vp_call(sd.sample_adaptive, shape=(4,)), ["(4,)", "(batch, *event)"]),
+        (vp_call(method="dpmpp2m"), ["did you mean 'dpmpp_2m'?"]),
+        (lambda: check_state(None, SDES["vp"], 0, (2, 2), None), ["key=0", "jax.random.key(0)"]),
+        (lambda: check_state(None, SDES["vp"], None, (2, 2), None), ["key=None", "jax.random.key(0)"]),
+        (lambda: check_shape(jax.random.key(0)), ["shape=", "(batch, *event)"]),
+        (lambda: inspect.unwrap(check_process)(None, sd.VP), ["sde=<class", "an SDE, as sd.VP()"]),
+        (lambda: inspect.unwrap(check_process)(None, jnp.ones(2)), ["must be an SDE", "score_fn, sde, key"]),
         (vp_call(grid="cosine"), ["grid 'cosine'", "ahead, edm, log_snr, quadratic, student, tapered, uniform, wide"]),
         (vp_call(num_steps=0), ["num_steps=0", "at least 1"]),
         (vp_call(t_end=0.0), ["t_end=0.0", "t_train=1e-05", "t_max=1.0", "t_min=0.001"]),

@@ -6,12 +6,14 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from sde_diffusion.prediction import as_pytree, check_process, lookup, predict
-from sde_diffusion.samplers.grid import check_t_end
-from sde_diffusion.sde import SDE, Number, check
-from sde_diffusion.times import terminal_log_snr
+from sde_diffusion.samplers.grid import check_sigma_data, check_t_end
+from sde_diffusion.samplers.integrate import check_noise_level, check_state
+from sde_diffusion.sde import SDE, Number, check, known
+from sde_diffusion.times import lowest_log_snr
 
 # Evaluations before the first step, and of each step that is tried.
 ODE_METHODS = {"tsit5": (1, 6), "dopri5": (1, 6), "dopri8": (1, 13), "heun": (0, 2)}
@@ -23,7 +25,7 @@ class AdaptiveSamples(NamedTuple):
 
     samples: Float[Array, "b ..."]
     evaluations: Int[Array, " b"]  # of the network, for each example, rejected steps and `denoise` included
-    success: Bool[Array, " b"]  # False where max_steps were not enough; the sample is then nan
+    success: Bool[Array, " b"]  # False where max_steps were not enough, or the score is not finite; the sample is then nan
 
 
 def sample_adaptive(
@@ -59,20 +61,23 @@ def sample_adaptive(
     Raises:
       ValueError: unknown method, a tolerance or noise level out of range, and as `sample_ode`.
     """
-    check(noise_level >= 0, f"noise_level={noise_level} must be at least 0; 0 is the ODE, 1 the reverse SDE")
+    plain = known(noise_level, rtol, atol)
+    check(plain, "noise_level, rtol and atol of sample_adaptive choose the program: they must be numbers, not traced ones")
+    check_noise_level(noise_level)
     methods = ODE_METHODS if noise_level == 0 else SDE_METHODS
     method = next(iter(methods)) if method is None else method
     lookup(methods, method, f"adaptive {'ODE' if noise_level == 0 else 'SDE'} method")
     check(rtol > 0 and atol > 0, f"rtol={rtol} and atol={atol} must be positive; 1e-3 is usual")
-    check(isinstance(max_steps, int) and max_steps >= 1, f"max_steps={max_steps} must be an integer of at least 1")
+    check(isinstance(max_steps, (int, np.integer)) and max_steps >= 1, f"max_steps={max_steps} must be an integer of at least 1")
     check_process(score_fn, sde)
     t_end = check_t_end(sde, t_end)
     sigma_data = getattr(score_fn, "sigma_data", 0.5) if sigma_data is None else sigma_data
-    check(sigma_data > 0, f"sigma_data={sigma_data} must be positive: the standard deviation of the data")
-    check(init is None or init.shape == tuple(shape), f"init has shape {getattr(init, 'shape', None)} but shape={shape} was asked for")
+    check_sigma_data(sigma_data)
+    # It begins where alpha > 0, whatever it is at t_max.
+    shape, init = check_state(score_fn, sde, key, shape, init, t_end)
     return _solve(
-        as_pytree(score_fn), sde, key, init, jnp.asarray(t_end, float), rtol, atol, noise_level, sigma_data, shape=tuple(shape),
-        method=method, denoise=denoise, max_steps=max_steps, stochastic=noise_level != 0,
+        as_pytree(score_fn), sde, key, init, jnp.asarray(t_end, float), rtol, atol, noise_level, sigma_data, shape=shape,
+        method=method, denoise=denoise, max_steps=int(max_steps), stochastic=noise_level != 0,
     )  # fmt: skip
 
 
@@ -84,8 +89,13 @@ def _solve(
     import lineax
 
     key_prior, key_noise = jax.random.split(key)
-    x = sde.prior_sample(key_prior, shape) if init is None else init.astype(jnp.promote_types(init.dtype, jnp.float32))
-    first, last = (0.5 * v.astype(x.dtype) for v in (terminal_log_snr(sde), sde.log_snr(t_end)))
+    x = sde.prior_sample(key_prior, shape) if init is None else init
+    start = jnp.maximum(sde.log_snr(jnp.asarray(sde.t_max, float)), lowest_log_snr(s))
+    first, last = (jnp.asarray(0.5 * v, x.dtype) for v in (start, sde.log_snr(t_end)))
+
+    # At high noise the rate is next to nothing: steps that the error estimate allows there would leap over all that follows. This long, the
+    # fifth-order methods are off by about the tolerance on N(m, s^2 I), m a few s; higher tolerances than 1e-4 allow longer ones.
+    longest_ode = jnp.maximum(1.0, 0.9 * (1e4 * jnp.maximum(rtol, atol)) ** 0.2)
 
     def scale(t):
         return jnp.sqrt((sde.alpha(t) * s) ** 2 + sde.sigma(t) ** 2).astype(x.dtype)
@@ -121,15 +131,15 @@ def _solve(
             )  # fmt: skip
             terms = diffrax.MultiTerm(diffrax.ODETerm(drift), diffrax.ControlTerm(diffusion, path))
             # diffrax cannot choose an SDE's first step.
-            t0, t1, dt0 = first, last, 0.01 * (last - first)
+            t0, t1, dt0, longest = first, last, 0.01 * (last - first), None
         else:
             kinds = {"tsit5": diffrax.Tsit5, "dopri5": diffrax.Dopri5, "dopri8": diffrax.Dopri8, "heun": diffrax.Heun}
             solver, terms = kinds[method](), diffrax.ODETerm(ode)
             t0, t1 = (jnp.arcsinh(jnp.exp(-half_log_snr) / s).astype(x.dtype) for half_log_snr in (first, last))
-            dt0 = None
+            dt0, longest = None, longest_ode
         solution = diffrax.diffeqsolve(
             terms, solver, t0=t0, t1=t1, dt0=dt0, y0=u, max_steps=max_steps, throw=False,
-            stepsize_controller=diffrax.PIDController(rtol=rtol, atol=atol),
+            stepsize_controller=diffrax.PIDController(rtol=rtol, atol=atol, dtmax=longest),
         )  # fmt: skip
         success = solution.result == diffrax.RESULTS.successful
         return jnp.where(success, solution.ys[0], jnp.nan), solution.stats["num_steps"], success

@@ -59,7 +59,8 @@ def _tapered_quantiles(sde, t1, s, size, num):
     early, more = _early(sde, t1, s), jnp.log(jnp.maximum(size / 64, 1.0))
     if few(num):
         return _quantiles(jnp.log(0.4 * size**0.375 * (1 - 0.28 * early) * s), 2.0 + 0.3 * more, 1.85 + 0.4 * early + 0.05 * more)
-    return _quantiles(jnp.log(size**0.375 / 3 * (1 - 0.28 * early) * s), 1.5 + 0.4 * more, 1.8 + 0.4 * early + 0.1 * more)
+    centre = jnp.log(size**0.375 / 3 * (1 - 0.28 * early) * s) + 0.75 / num * more
+    return _quantiles(centre, 1.5 + 0.4 * more, 1.8 + 0.4 * early + 0.1 * more)
 
 
 def _quantiles(centre, above, below):
@@ -140,17 +141,21 @@ def time_grid(
 ) -> Float[Array, " times"]:
     """num_steps + 1 decreasing times from `sde.t_max` to t_end (`sde.t_min` by default).
 
-    kind: "student": log(sigma / alpha) at equal quantiles of Student's t distribution (2 degrees of freedom,
-    scale 2 above and 2.1 below) around log(0.65 D^(1/5) sigma_data), D = event_size: most steps where the data takes shape; for an end between
-    e^-5.5 and e^-3 sigma_data the centre moves to 0.72 of that and the lower scale grows by 0.4. "tapered",
-    the default, for the multistep methods of this project: the same around log(D^(3/8) sigma_data / 3), with scales 1.5 + 0.4 d above and 1.8 + 0.1 d
-    below, d = log(D / 64) or 0 (in up to 5 steps around log(0.4 D^(3/8) sigma_data), with 2 + 0.3 d and 1.85 + 0.05 d); its first step covers 0.55 (up to 5: 0.7)
-    of the others' share of these quantiles, the last of N > 10 steps 0.7 + 3/N. "wide": as
-    "student", with 0.9 of the others' share for the first step, 1/2 + 3/N for the last of N > 6, and scales 3 + N/4 above and 1 + N/4 below, for networks that
-    predict eps. "ahead": "tapered", but 2 to 20 steps from noise (see `adams`) are those of one step more without its second time.
-    "edm": uniform in (sigma / alpha)^(1/7) (arXiv:2206.00364 eq. 5); "log_snr": uniform in lambda (arXiv:2206.00927 section 3.2); "uniform" in t;
-    "quadratic": uniform in sqrt(t) (arXiv:2010.02502 appendix D.2). Those that go by the SNR begin at a lambda of -20 at the lowest (less
-    2 log sigma_data where that is above 1), where nothing is left of the data; t_max takes the place of that time.
+    kind, for N = num_steps, q = sigma / alpha, s = sigma_data, D = event_size and d = log(D / 64), at least 0:
+      "student": log(q) at equal quantiles of Student's t distribution (2 degrees of freedom; scale 2 above and 2.1 below) around
+        log(0.65 D^(1/5) s): most steps where the data takes shape. For an end between e^-5.5 s and e^-3 s the centre moves to 0.72 of that and
+        the lower scale grows by 0.4.
+      "tapered", for the multistep methods of this project: the same around log(D^(3/8) s / 3) + 0.75 d / N, with scales 1.5 + 0.4 d above and
+        1.8 + 0.1 d below (N < 6: around log(0.4 D^(3/8) s), with 2 + 0.3 d and 1.85 + 0.05 d). Of these quantiles the first step covers 0.55
+        (N < 6: 0.7) of the others' share, the last of N > 10 0.7 + 3/N of it.
+      "ahead", the grid of `adams`: "tapered", but 2 to 20 steps from noise are those of one step more without its second time.
+      "wide", for networks that predict eps: as "student", with scales 3 + N/4 above and 1 + N/4 below; the first step covers 0.9 of the others'
+        share, the last of N > 6 1/2 + 3/N.
+      "edm": uniform in q^(1/7) (arXiv:2206.00364 eq. 5, which k-diffusion calls Karras').
+      "log_snr": uniform in lambda (arXiv:2206.00927 section 3.2).
+      "uniform" in t; "quadratic": uniform in sqrt(t) (arXiv:2010.02502 appendix D.2).
+    Those that go by q begin at a lambda of -20 at the lowest (less 2 log s where that is above 1), where nothing is left of the data; t_max takes
+    the place of that time.
     sigma_data: the standard deviation of the data. event_size: how many numbers an event holds: its radius grows with the root of that.
 
     Raises:

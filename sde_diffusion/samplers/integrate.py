@@ -6,11 +6,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from sde_diffusion.prediction import as_pytree, check_process, lookup, zero_terminal_snr
 from sde_diffusion.samplers.grid import check_sigma_data, resolve_grid
 from sde_diffusion.samplers.linear import Solver, Steps, Table, run
-from sde_diffusion.sde import SDE, check
+from sde_diffusion.sde import SDE, check, shown
 
 
 def integrate(
@@ -25,8 +26,10 @@ def integrate(
     check_sigma_data(sigma_data)
     if hasattr(solver, "times"):
         solver.check(sde)
-        if not (num_steps is None and grid is None and t_end is None):
-            raise ValueError("a fitted solver has its own times: leave num_steps, grid and t_end at None, or fit another")
+        check(
+            num_steps in (None, solver.nfe) and grid is None and t_end is None,
+            f"a fitted solver has its own times and {solver.nfe} evaluations: leave num_steps, grid and t_end out, or fit another",
+        )
         grid = solver.times
     if grid is None:
         grid = getattr(solver, "grid", "student")
@@ -40,9 +43,10 @@ def integrate(
         noise_level = noise_level if solver.stochastic else None
     if hasattr(solver, "times"):
         solver.check_event(shape[1:])
+    table = _table(as_pytree(solver), sde, times, sigma_data, noise_level, math.prod(shape[1:]))
     return _run(
-        as_pytree(solver), as_pytree(score_fn), sde, key, times, init, sigma_data, noise_level,
-        None if correct is None else as_pytree(correct), shape=shape, denoise=denoise, return_path=return_path,
+        table, as_pytree(score_fn), sde, key, times, init, getattr(solver, "centre", None), None if correct is None else as_pytree(correct),
+        shape=shape, denoise=denoise, return_path=return_path,
     )  # fmt: skip
 
 
@@ -61,8 +65,8 @@ def find(methods: dict[str, Solver], method, kind: str) -> Solver:
 
 def check_shape(shape) -> tuple[int, ...]:
     """The shape as a tuple, or a ValueError where it is not (batch, *event)."""
-    if isinstance(shape, int) or len(shape) < 2 or min(shape) < 1:
-        raise ValueError(f"shape={shape} must be (batch, *event) with at least one event axis, all positive")
+    good = isinstance(shape, (tuple, list)) and len(shape) >= 2 and all(isinstance(n, (int, np.integer)) and n >= 1 for n in shape)
+    check(good, f"shape={shown(shape)} must be (batch, *event) with at least one event axis, all positive integers")
     return tuple(shape)
 
 
@@ -81,9 +85,19 @@ def check_state(score_fn, sde: SDE, key, shape, init, t_start=None):
             f"a bare score function leaves x0 undefined at zero terminal SNR (alpha({sde.t_max}) = 0): use as_score with "
             "prediction='v' or 'x0', or an SDE with a smaller t_max"
         )
-    if key is None:
-        raise ValueError("key=None; pass jax.random.key(seed)")
+    good = isinstance(key, (jax.Array, np.ndarray)) and (
+        key.ndim == 0 and jnp.issubdtype(key.dtype, jax.dtypes.prng_key) or key.ndim == 1 and key.dtype == np.uint32
+    )
+    check(good, f"key={shown(key)} is not one random key; pass jax.random.key(0)")
     return shape, init
+
+
+def check_noise_level(noise_level) -> None:
+    number = np.ndim(noise_level) == 0 and not isinstance(noise_level, str)
+    check(
+        number and (noise_level >= 0) & (noise_level < np.inf),
+        f"noise_level={noise_level!r} must be one number of at least 0, and finite; 0 is the ODE, 1 the reverse SDE",
+    )
 
 
 def check_start(solver: Solver, name: str, sde: SDE, num_steps: int, t_start=None) -> None:
@@ -100,12 +114,17 @@ def check_start(solver: Solver, name: str, sde: SDE, num_steps: int, t_start=Non
         )
 
 
+# Apart from the run: another score function does not compile it again.
+@functools.partial(jax.jit, static_argnums=5)
+def _table(solver, sde, times, sigma_data, noise_level, event_size):
+    table = solver(Steps.of(sde, times, sigma_data, event_size, noise_level))
+    check(isinstance(table, Table), f"a method must return a samplers.linear.Table, not {type(table).__name__}")
+    return table
+
+
 @functools.partial(jax.jit, static_argnames=("shape", "denoise", "return_path"))
-def _run(solver, score_fn, sde, key, times, init, sigma_data, noise_level, correct, *, shape, denoise, return_path):
+def _run(table, score_fn, sde, key, times, init, centre, correct, *, shape, denoise, return_path):
     key_prior, key_steps = jax.random.split(key)
     x = sde.prior_sample(key_prior, shape) if init is None else init
-    table = solver(Steps.of(sde, times, sigma_data, math.prod(x.shape[1:]), noise_level))
-    check(isinstance(table, Table), f"a method must return a samplers.linear.Table, not {type(table).__name__}")
     correct = None if correct is None else functools.partial(correct, score_fn, sde)
-    centre = getattr(solver, "centre", None)
     return run(table, score_fn, sde, key_steps, x, times[0], times[-1], centre=centre, correct=correct, denoise=denoise, return_path=return_path)

@@ -5,6 +5,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from sde_diffusion.prediction import as_pytree, check_process, predict, score
@@ -52,9 +53,9 @@ def sample_langevin(
     Raises:
       ValueError: as `sample_sde`; also num_levels < 2, steps_per_level < 1 and step_size outside (0, 4).
     """
-    check(isinstance(num_levels, int) and num_levels >= 2, f"num_levels={num_levels} must be an integer of at least 2; 10 is usual")
+    check(isinstance(num_levels, (int, np.integer)) and num_levels >= 2, f"num_levels={num_levels} must be an integer of at least 2; 10 is usual")
     check(
-        isinstance(steps_per_level, int) and steps_per_level >= 1,
+        isinstance(steps_per_level, (int, np.integer)) and steps_per_level >= 1,
         f"steps_per_level={steps_per_level} must be an integer of at least 1; 100 is usual",
     )
     check(0 < step_size < 4, f"step_size={step_size} must be in (0, 4), in units of sigma^2; 0.2 is usual")

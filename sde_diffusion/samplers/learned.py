@@ -65,8 +65,14 @@ class LearnedSolver:
     def __call__(self, steps: Steps) -> Table:
         return self.table
 
+    @property
+    def nfe(self) -> int:
+        """Evaluations, without the one of `denoise`."""
+        return len(self.times) - 1
+
     def __repr__(self):
-        return f"LearnedSolver({', '.join(f'{k}={v}' for k, v in json.loads(self.facts).items())})"
+        facts = json.loads(self.facts)
+        return f"LearnedSolver({', '.join(f'{k}={v:.3g}' if isinstance(v, float) else f'{k}={v}' for k, v in facts.items())})"
 
     def check_event(self, shape: tuple[int, ...]) -> None:
         """Raises ValueError for events of another shape than it was fitted to."""
@@ -191,6 +197,7 @@ def fit_solver(
 
     check(isinstance(nfe, (int, np.integer)) and nfe >= 2, f"nfe={nfe} must be an integer of at least 2; 5 to 20 is usual")
     check(isinstance(num_states, (int, np.integer)) and num_states >= 16, f"num_states={num_states} must be an integer of at least 16; 4096 is usual")
+    check(isinstance(max_updates, (int, np.integer)) and max_updates >= 1, f"max_updates={max_updates} must be an integer of at least 1; 80 is usual")
     check(fine_steps > nfe, f"fine_steps={fine_steps} must be more than nfe={nfe}; 100 is usual")
     check_process(score_fn, sde)
     shape, _ = check_state(score_fn, sde, key, shape, None)
@@ -232,7 +239,7 @@ def fit_solver(
             if updates == trial:
                 turn = _best(found)
             bar.update()
-            bar.set_postfix_str(f"held-out error {np.sqrt(np.median(found[_best(found)][0]) / np.median(of_default)):.3f} of the default's")
+            bar.set_postfix_str(f"median held-out error {np.sqrt(np.median(found[_best(found)][0]) / np.median(of_default)):.3f} of the default's")
             if updates >= trial and found[turn][2] >= 8:
                 ended_by = "no more gain"
                 break

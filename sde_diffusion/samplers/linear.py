@@ -17,6 +17,7 @@ from jaxtyping import Array, Float
 from sde_diffusion.prediction import predict
 from sde_diffusion.sde import SDE, Number, pytree_dataclass
 from sde_diffusion.times import lowest_log_snr
+
 # How many numbers an event holds, where nothing is said of it.
 EVENT_SIZE = 64
 # How wrong eps_hat is at the prior, of a network that predicts it.
@@ -132,6 +133,12 @@ def _quadrature(length: Float[Array, " steps"]) -> tuple[Float[Array, "steps poi
     return (0.5 + nodes) * length[:, None], weights * length[:, None]
 
 
+def root(variance):
+    """sqrt(variance), 0 below 0, with a derivative of 0 where there is no noise: sqrt's own is infinite, and NaN times 0."""
+    some = variance > 0
+    return jnp.where(some, jnp.sqrt(jnp.where(some, variance, 1.0)), 0.0)
+
+
 def data_space(steps: Steps) -> Space:
     """x0 over l = log(alpha / sigma), for any noise level (arXiv:2211.01095 eq. 8; arXiv:2309.05019 eq. 14).
 
@@ -142,7 +149,7 @@ def data_space(steps: Steps) -> Space:
     tau2 = jnp.asarray(0.0 if steps.noise_level is None else steps.noise_level, h.dtype) ** 2
     points, weights = _quadrature(h)
     kernel = steps.alpha[1:, None] * (1 + tau2) * jnp.exp((1 + tau2) * (points - h[:, None]))
-    noise = None if steps.noise_level is None else steps.sigma[1:] * jnp.sqrt(-jnp.expm1(-2 * tau2 * h))
+    noise = None if steps.noise_level is None else steps.sigma[1:] * root(-jnp.expm1(-2 * tau2 * h))
     return Space(one, 0 * one, shrink * jnp.exp(-tau2 * h), h, points, weights * kernel, noise)
 
 
@@ -184,20 +191,20 @@ def residual_space(steps: Steps, scale, fine, coarse) -> Space:
     # At zero SNR as at the one by which the steps count: what is kept would vanish there, and the first move with it.
     alpha = jnp.where(steps.alpha > 0, steps.alpha, steps.sigma * jnp.exp(steps.half_log_snr))
     (x0, eps), c = residual(alpha, steps.sigma, scale)
-    zeta = jnp.arcsinh(jnp.exp(-steps.half_log_snr) / scale)
-    points, weights = _quadrature(jnp.diff(zeta))
-
-    def moved(length):
-        """How far the variable is from where it begins each step, `(N, ...)`, for zeta by these lengths."""
-        begin = zeta[:-1] if length.ndim == 1 else zeta[:-1, None]
-        start, end = scale * jnp.sinh(begin), scale * jnp.sinh(begin + length)
-        change = 2 * scale * jnp.cosh(begin + 0.5 * length) * jnp.sinh(0.5 * length)  # end - start, which would lose its digits
-        share = change * (1 - fine / coarse) / ((start + fine) * (1 + end / coarse))
-        # Near -1, after a step of many powers of e, nothing is left of its digits.
-        whole = jnp.log((end + fine) / (start + fine)) - jnp.log((1 + end / coarse) / (1 + start / coarse))
-        return jnp.where(share > -0.5, jnp.log1p(jnp.maximum(share, -0.5)), whole)
-
-    return Space(x0, eps, c[1:] / c[:-1], moved(jnp.diff(zeta)), moved(points), weights * c[1:, None])
+    q = jnp.exp(-steps.half_log_snr)
+    double = q + jnp.sqrt(q**2 + scale**2)  # 2 scale e^zeta
+    length = jnp.log(double[1:] / double[:-1])
+    points, weights = _quadrature(length)
+    # How far the variable is from where it begins each step, at the points and at the end of the step.
+    along, start, up = jnp.concatenate([points, length[:, None]], axis=1), q[:-1, None], 0.5 * double[:-1, None]
+    down = 0.25 * scale**2 / up
+    end = up * jnp.exp(along) - down * jnp.exp(-along)  # scale sinh(zeta)
+    change = up * jnp.expm1(along) - down * jnp.expm1(-along)  # end - start, which would lose its digits
+    share = change * (1 - fine / coarse) / ((start + fine) * (1 + end / coarse))
+    # Near -1, after a step of many powers of e, nothing is left of its digits.
+    whole = jnp.log((end + fine) * (1 + start / coarse) / ((start + fine) * (1 + end / coarse)))
+    moved = jnp.where(share > -0.5, jnp.log1p(jnp.maximum(share, -0.5)), whole)
+    return Space(x0, eps, c[1:] / c[:-1], moved[:, -1], moved[:, :-1], weights * c[1:, None])
 
 
 def _weights(space: Space, nodes: Float[Array, "steps nodes"], known) -> Float[Array, "steps nodes"]:
@@ -304,13 +311,13 @@ def ahead(steps: Steps, table: Table, scale) -> Table:
 
 def _told(steps: Steps, scale, at: int):
     """Of the evaluation at one time of the grid: the share of each w that its mean explains, and the integral of that over each step, `(N,)` each."""
-    zeta = jnp.arcsinh(jnp.exp(-steps.half_log_snr) / scale)
-    cosh, tanh = jnp.cosh(zeta), jnp.tanh(zeta)  # 1 / cos(theta), sin(theta)
+    tan = jnp.exp(-steps.half_log_snr) / scale  # of theta: sinh(zeta)
+    cosh = jnp.sqrt(1 + tan**2)  # 1 / cos(theta)
     weight = jnp.where(steps.alpha[at] > 0, 1 / (1 + (_EPS_ERROR * cosh[at]) ** 2), 1.0)
-    trusted = weight * cosh[at] / tanh[at]
-    falls = 2 * jnp.sinh(0.5 * (zeta[1:] + zeta[:-1])) * jnp.sinh(0.5 * (zeta[1:] - zeta[:-1]))  # of cosh
+    trusted = weight * cosh[at] ** 2 / tan[at]
+    falls = tan[:-1] * jnp.expm1(-steps.h) * (tan[1:] + tan[:-1]) / (cosh[1:] + cosh[:-1])  # of cosh, without a difference of large numbers
     c = jnp.hypot(steps.alpha[1:] * scale, steps.sigma[1:])
-    return trusted * tanh[:-1] / cosh[:-1], trusted * (falls / cosh[1:] / cosh[:-1]) * c
+    return trusted * tan[:-1] / cosh[:-1] ** 2, trusted * (falls / cosh[1:] / cosh[:-1]) * c
 
 
 def _before(values, num: int):

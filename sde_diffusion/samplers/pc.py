@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from sde_diffusion.prediction import lookup, score
@@ -65,8 +66,8 @@ def sample_pc(
     corrector: str | None = "langevin",
     snr: float = 0.16,
     corrector_steps: int = 1,
-    num_steps: int = 1000,
-    grid: str | Float[Array, " times"] | None = "uniform",
+    num_steps: int | None = None,
+    grid: str | Float[Array, " times"] | None = None,
     t_end: float | None = None,
     init: Float[Array, "b ..."] | None = None,
     denoise: bool = True,
@@ -76,29 +77,31 @@ def sample_pc(
     """Samples by predictor-corrector (arXiv:2011.13456 alg. 1 and appendix G).
 
     Args:
-      score_fn, key, shape, grid, t_end, init, denoise, return_path, sigma_data: as in `sample_sde`.
-      predictor: any method of `sample_sde` or `sample_ode`; a solver of `fit_solver` goes with num_steps=None and grid=None.
+      score_fn, key, shape, t_end, init, denoise, return_path, sigma_data: as in `sample_sde`.
+      predictor: any method of `sample_sde` or `sample_ode`; or a solver of `fit_solver`.
       corrector: "langevin" = "annealed_langevin" (step 2 (snr sigma)^2), "langevin_norm" (the published rule with
         batch-mean norms, which couples the samples of a batch), or None.
       snr: signal-to-noise ratio r of a Langevin step. The stationary variance is off by a factor of about 1 + snr^2.
       corrector_steps: Langevin steps at each time, at least 0.
-      num_steps: steps of the grid. Evaluations: num_steps times (those of the predictor + corrector_steps), and one
+      grid: as in `sample_sde`, "uniform" by default.
+      num_steps: steps of the grid, 1000 by default. Evaluations: num_steps times (those of the predictor + corrector_steps), and one
         more for `denoise`.
 
     Returns:
       samples `(B, *event)`, or `(samples, path)`.
 
     Raises:
-      ValueError: as `sample_ode`; also snr <= 0 and corrector_steps < 0.
+      ValueError: as `sample_ode`; also snr outside (0, 1) and corrector_steps < 0.
     """
     check(
-        isinstance(corrector_steps, int) and corrector_steps >= 0,
+        isinstance(corrector_steps, (int, np.integer)) and corrector_steps >= 0,
         f"corrector_steps={corrector_steps} must be an integer of at least 0; 1 is usual",
     )
-    check(snr > 0, f"snr={snr} must be positive; 0.16 is usual")
-    correct = None
-    if corrector is not None and corrector_steps:
-        correct = Langevin(snr, lookup(CORRECTORS, corrector, "corrector"), corrector_steps)
+    check((snr > 0) & (snr < 1), f"snr={snr} must be in (0, 1), where Langevin steps are stable; 0.16 is usual")
+    rule = None if corrector is None else lookup(CORRECTORS, corrector, "corrector")
+    correct = Langevin(snr, rule, int(corrector_steps)) if rule and corrector_steps else None
+    if not hasattr(predictor, "times"):
+        num_steps, grid = 1000 if num_steps is None else num_steps, "uniform" if grid is None else grid
     return integrate(
         PREDICTORS, predictor, score_fn, sde, key, shape, num_steps=num_steps, grid=grid, t_end=t_end, init=init,
         denoise=denoise, return_path=return_path, sigma_data=sigma_data, noise_level=1.0, correct=correct, kind="predictor",
