@@ -1,5 +1,6 @@
 """Independent answers for the tests: published coefficients and closed forms in float64 numpy, and Monte-Carlo errors."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -68,3 +69,16 @@ def perturbed(exact, sde, amount):
 def order(steps, errors):
     """The convergence order: minus the slope of log error against log steps, by least squares."""
     return -np.polyfit(np.log(steps), np.log(errors), 1)[0]
+
+
+def _eps_with_error(exact, inside, outside, sde, x, t):
+    return -sde.sigma(t)[:, None] * exact(x, t) + 0.02 * jnp.sin(0.75 * sde.log_snr(t)[:, None] + x @ inside) @ outside
+
+
+def eps_network(sde, seed=3, dim=16):
+    """The exact eps of a mixture, 0.02 off by what depends on x and on the log-SNR and has no place in any data; and the data's standard deviation."""
+    random = np.random.default_rng(seed)
+    oracle = sd.GaussianMixture(np.full(4, 0.25), 0.5 * random.normal(size=(4, dim)), np.tile(0.05 * np.eye(dim), (4, 1, 1)))
+    inside, outside = (jnp.asarray(random.normal(size=(dim, dim)) / np.sqrt(dim), jnp.float32) for _ in range(2))
+    network = jax.tree_util.Partial(_eps_with_error, oracle.score_fn(sde), inside, outside, sde)
+    return network, float(np.sqrt(np.trace(oracle.covariance()) / dim))

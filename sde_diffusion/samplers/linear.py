@@ -192,11 +192,11 @@ def residual_space(steps: Steps, scale, fine, coarse) -> Space:
     alpha = jnp.where(steps.alpha > 0, steps.alpha, steps.sigma * jnp.exp(steps.half_log_snr))
     (x0, eps), c = residual(alpha, steps.sigma, scale)
     q = jnp.exp(-steps.half_log_snr)
-    double = q + jnp.sqrt(q**2 + scale**2)  # 2 scale e^zeta
-    length = jnp.log(double[1:] / double[:-1])
+    grown = q + jnp.sqrt(q**2 + scale**2)  # scale e^zeta
+    length = jnp.log(grown[1:] / grown[:-1])
     points, weights = _quadrature(length)
     # How far the variable is from where it begins each step, at the points and at the end of the step.
-    along, start, up = jnp.concatenate([points, length[:, None]], axis=1), q[:-1, None], 0.5 * double[:-1, None]
+    along, start, up = jnp.concatenate([points, length[:, None]], axis=1), q[:-1, None], 0.5 * grown[:-1, None]
     down = 0.25 * scale**2 / up
     end = up * jnp.exp(along) - down * jnp.exp(-along)  # scale sinh(zeta)
     change = up * jnp.expm1(along) - down * jnp.expm1(-along)  # end - start, which would lose its digits
@@ -295,8 +295,8 @@ def centred(steps: Steps, table: Table, scale) -> Table:
 def ahead(steps: Steps, table: Table, scale) -> Table:
     """As `centred`, without the evaluation at the first time, which tells next to nothing but the mean; one row less: the project's own.
 
-    The state is scaled to the second time, as for N(0, s^2 I), and evaluated there. What that tells is taken for the mean, from the first time on,
-    where there is nothing to interpolate yet. With weight one exact for N(m, s^2 I) too: w is the same at every x. Where a direction of the data has a variance v of
+    The state is scaled to the second time, as for N(0, s^2 I), and evaluated there. What that tells of the mean, y_1, stands for the first time's
+    evaluation too, as weight g_0 / g_1 y_1; of the rest nothing is known there. With weight one exact for N(m, s^2 I) too: w is the same at every x. Where a direction of the data has a variance v of
     its own, the state evaluated is off by the share alpha^2 (v - s^2) / (2 sigma^2) of it: for few steps, from where sigma is many times alpha s.
     """
     share, whole = _told(steps, scale, 1)

@@ -333,7 +333,7 @@ def sample_ode(
 
     Args:
       score_fn: `(x (B, *event), t (B,)) -> (B, *event)`; see `as_score` for networks.
-      key: draws the prior sample; unused with `init`.
+      key: a random key, of the prior sample; with `init` nothing depends on it.
       shape: `(B, *event)`.
       method: a name that `sd.solvers()` lists, a solver of `fit_solver`, or a function from `Steps` to a `Table`
         (see `samplers.linear`), whose grid is "student". The default, of one evaluation a step, suits every number of them: "adams_eps" where the

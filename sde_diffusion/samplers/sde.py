@@ -10,7 +10,6 @@ import dataclasses
 import functools
 
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from sde_diffusion.samplers.integrate import check_noise_level, integrate
