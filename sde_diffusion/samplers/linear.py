@@ -179,6 +179,11 @@ def residual(alpha, sigma, s):
     return (-sine * cosine / s, cosine**2), c
 
 
+def _log_ratio(share, ratio):
+    """log(ratio), by share = ratio - 1 where that has the more digits: not near -1, after a step of many powers of e."""
+    return jnp.where(share > -0.5, jnp.log1p(jnp.maximum(share, -0.5)), jnp.log(ratio))
+
+
 def residual_space(steps: Steps, scale, fine, coarse) -> Space:
     """w of `residual` for the standard deviation `scale`, over log((q + fine) / (q + coarse)), q = sigma / alpha: the project's own.
 
@@ -192,18 +197,21 @@ def residual_space(steps: Steps, scale, fine, coarse) -> Space:
     alpha = jnp.where(steps.alpha > 0, steps.alpha, steps.sigma * jnp.exp(steps.half_log_snr))
     (x0, eps), c = residual(alpha, steps.sigma, scale)
     q = jnp.exp(-steps.half_log_snr)
-    grown = q + jnp.sqrt(q**2 + scale**2)  # scale e^zeta
-    length = jnp.log(grown[1:] / grown[:-1])
+    radius = jnp.sqrt(q**2 + scale**2)
+    up, down = 0.5 * (q + radius), 0.5 * scale**2 / (q + radius)  # q = up - down, and zeta = log(2 up / scale)
+    grows = q[:-1] * jnp.expm1(-steps.h) * (1 + (q[1:] + q[:-1]) / (radius[1:] + radius[:-1]))  # q + radius, by that
+    length = _log_ratio(grows / (q + radius)[:-1], up[1:] / up[:-1])
     points, weights = _quadrature(length)
-    # How far the variable is from where it begins each step, at the points and at the end of the step.
-    along, start, up = jnp.concatenate([points, length[:, None]], axis=1), q[:-1, None], 0.5 * grown[:-1, None]
-    down = 0.25 * scale**2 / up
-    end = up * jnp.exp(along) - down * jnp.exp(-along)  # scale sinh(zeta)
-    change = up * jnp.expm1(along) - down * jnp.expm1(-along)  # end - start, which would lose its digits
-    share = change * (1 - fine / coarse) / ((start + fine) * (1 + end / coarse))
-    # Near -1, after a step of many powers of e, nothing is left of its digits.
-    whole = jnp.log((end + fine) * (1 + start / coarse) / ((start + fine) * (1 + end / coarse)))
-    moved = jnp.where(share > -0.5, jnp.log1p(jnp.maximum(share, -0.5)), whole)
+    along = jnp.concatenate([points, length[:, None]], axis=1)
+
+    def change(times, by):
+        """Of q where zeta changes by that: two terms of one sign."""
+        return up[times, None] * jnp.expm1(by) - down[times, None] * jnp.expm1(-by)
+
+    # How far the variable is, at the points and at the end of each step, from where the step begins. q there goes by the end, which is less.
+    start, there = q[:-1, None], q[1:, None] + change(slice(1, None), along - length[:, None])
+    share = change(slice(-1), along) * (1 - fine / coarse) / ((start + fine) * (1 + there / coarse))
+    moved = _log_ratio(share, (there + fine) * (1 + start / coarse) / ((start + fine) * (1 + there / coarse)))
     return Space(x0, eps, c[1:] / c[:-1], moved[:, -1], moved[:, :-1], weights * c[1:, None])
 
 
