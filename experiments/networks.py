@@ -1,6 +1,6 @@
 """The default sampler on a trained network, beside the library's other solvers and diffusers': error and sample quality.
 
-    python -m experiments.networks [--workdir=runs/digits] [--num=297] [--reference=1000] [--budgets=5,10,20] [--out=FOLDER]
+    python -m experiments.networks [--workdir=runs/digits] [--num=297] [--states=1] [--reference=1000] [--budgets=5,10,20] [--out=FOLDER]
 
 From the same prior draws, at each number of evaluations: the root-mean-square distance of the end points at t_min to those of a
 solution of many steps (adams_4), and the energy distance of the end points to as many held-out examples, beside that of the solution of
@@ -65,6 +65,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--workdir", type=Path, default=Path("runs/digits"), help="of a trained run")
     parser.add_argument("--num", type=int, default=297, help="states, and held-out examples")
+    parser.add_argument("--states", type=int, default=1, help="which prior draws: another number, other states; none are those of a fit")
     parser.add_argument("--reference", type=int, default=1000, help="steps of the solution that counts as exact")
     parser.add_argument("--budgets", default="5,10,20", help="numbers of evaluations, by commas")
     parser.add_argument("--out", type=Path, default=Path("runs/networks"))
@@ -73,7 +74,7 @@ def main(argv=None):
 
     run = load_run(options.workdir)
     # Another key than --mode=fit_solver's, which is that of sample.seed: equal keys may give equal states, whatever the shape.
-    key = jax.random.fold_in(jax.random.key(run.config.sample.seed), 1)
+    key = jax.random.fold_in(jax.random.key(run.config.sample.seed), options.states)
     start = np.asarray(run.sde.prior_sample(key, (options.num, *run.event_shape)))
     test = data.load(**config.data_options(run.config), in_memory=False).test
     if len(test) < options.num:
