@@ -34,3 +34,7 @@ def __getattr__(name):
 
         return load_run
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__():
+    return __all__

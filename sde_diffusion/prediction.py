@@ -45,7 +45,7 @@ NOISE_LABELS: dict[str, Callable] = {
 def lookup(table: dict, name: Any, kind: str):
     """`table[name]`, or a ValueError that lists the known names."""
     if not isinstance(name, str) or name not in table:
-        close = difflib.get_close_matches(str(name).lower(), list(table), 1)
+        close = difflib.get_close_matches(str(name).lower(), list(table), 1, cutoff=0.7)
         hint = f"did you mean {close[0]!r}? It must be" if close else "choose"
         raise ValueError(f"unknown {kind} {shown(name)}; {hint} one of {', '.join(sorted(table))}")
     return table[name]

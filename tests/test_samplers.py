@@ -431,16 +431,21 @@ def test_gradients_flow_through_a_sampler(x64):
 
 @pytest.mark.parametrize("method", ["ancestral", "sa_solver", "churned_heun"])
 def test_gradients_of_no_noise_are_those_of_the_ode(method, x64):
-    """At noise level 0, where the noise's standard deviation is a root at zero: as a difference quotient has them."""
+    """At noise level 0, where the noise's standard deviation is a root at zero: as difference quotients have them.
+
+    To 3e-4: the variance that "churned_heun" adds there is the rounding of a difference, 1e-17, and its root 3e-9.
+    """
     sde, oracle, times = SDES["vp"], mixture(), jnp.array([1.0, 0.6, 0.3, 0.1, 0.01])
 
-    def mean(times):
-        return sd.sample_sde(oracle.score_fn(sde), sde, jax.random.key(0), (4, 2), method=method, grid=times, noise_level=0.0).mean()
+    def mean(times, level=0.0):
+        return sd.sample_sde(oracle.score_fn(sde), sde, jax.random.key(0), (4, 2), method=method, grid=times, noise_level=level).mean()
 
-    gradient, move = jax.grad(mean)(times), jnp.array([0.0, 1e-5, -1e-5, 1e-5, 1e-6])
-    np.testing.assert_allclose(gradient @ move, 0.5 * (mean(times + move) - mean(times - move)), rtol=1e-5)
-    assert np.isfinite(jax.grad(lambda level: sd.sample_sde(oracle.score_fn(sde), sde, jax.random.key(0), (4, 2), noise_level=level,
-                                                             method=method, num_steps=4).sum())(1.0))  # fmt: skip
+    gradient, move = jax.grad(mean)(times), jnp.array([0.0, 1e-4, -1e-4, 1e-4, 1e-5])
+    np.testing.assert_allclose(gradient @ move, 0.5 * (mean(times + move) - mean(times - move)), rtol=3e-4)
+    if method != "churned_heun":
+        np.testing.assert_allclose(jax.grad(mean, argnums=1)(times, 0.0), (mean(times, 1e-5) - mean(times)) / 1e-5, rtol=1e-3)
+    else:
+        assert np.isfinite(jax.grad(mean, argnums=1)(times, 1.0))
 
 
 @pytest.mark.parametrize("num_steps", [1, 2, 3, 5])

@@ -61,14 +61,14 @@ def sample_adaptive(
     Raises:
       ValueError: unknown method, a tolerance or noise level out of range, and as `sample_ode`.
     """
-    plain = known(noise_level, rtol, atol)
-    check(plain, "noise_level, rtol and atol of sample_adaptive choose the program: they must be numbers, not traced ones")
+    check(known(noise_level, rtol, atol), "noise_level, rtol and atol of sample_adaptive must be plain numbers: they choose the program")
+    noise_level, rtol, atol = (np.asarray(v).item() for v in (noise_level, rtol, atol))
     check_noise_level(noise_level)
     methods = ODE_METHODS if noise_level == 0 else SDE_METHODS
     method = next(iter(methods)) if method is None else method
     lookup(methods, method, f"adaptive {'ODE' if noise_level == 0 else 'SDE'} method")
     check(rtol > 0 and atol > 0, f"rtol={rtol} and atol={atol} must be positive; 1e-3 is usual")
-    check(isinstance(max_steps, (int, np.integer)) and max_steps >= 1, f"max_steps={max_steps} must be an integer of at least 1")
+    check(isinstance(max_steps, (int, np.integer)) and not isinstance(max_steps, bool) and max_steps >= 1, f"max_steps={max_steps} must be an integer of at least 1")
     check_process(score_fn, sde)
     t_end = check_t_end(sde, t_end)
     sigma_data = getattr(score_fn, "sigma_data", 0.5) if sigma_data is None else sigma_data

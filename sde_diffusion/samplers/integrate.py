@@ -65,6 +65,7 @@ def find(methods: dict[str, Solver], method, kind: str) -> Solver:
 
 def check_shape(shape) -> tuple[int, ...]:
     """The shape as a tuple, or a ValueError where it is not (batch, *event)."""
+    shape = shape.tolist() if isinstance(shape, np.ndarray) else shape
     good = isinstance(shape, (tuple, list)) and len(shape) >= 2 and all(isinstance(n, (int, np.integer)) and n >= 1 for n in shape)
     check(good, f"shape={shown(shape)} must be (batch, *event) with at least one event axis, all positive integers")
     return tuple(shape)
@@ -93,7 +94,7 @@ def check_state(score_fn, sde: SDE, key, shape, init, t_start=None):
 
 
 def check_noise_level(noise_level) -> None:
-    number = np.ndim(noise_level) == 0 and not isinstance(noise_level, str)
+    number = noise_level is not None and np.ndim(noise_level) == 0 and not isinstance(noise_level, str)
     check(
         number and (noise_level >= 0) & (noise_level < np.inf),
         f"noise_level={noise_level!r} must be one number of at least 0, and finite; 0 is the ODE, 1 the reverse SDE",

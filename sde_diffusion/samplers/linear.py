@@ -133,12 +133,6 @@ def _quadrature(length: Float[Array, " steps"]) -> tuple[Float[Array, "steps poi
     return (0.5 + nodes) * length[:, None], weights * length[:, None]
 
 
-def root(variance):
-    """sqrt(variance), 0 below 0, with a derivative of 0 where there is no noise: sqrt's own is infinite, and NaN times 0."""
-    some = variance > 0
-    return jnp.where(some, jnp.sqrt(jnp.where(some, variance, 1.0)), 0.0)
-
-
 def data_space(steps: Steps) -> Space:
     """x0 over l = log(alpha / sigma), for any noise level (arXiv:2211.01095 eq. 8; arXiv:2309.05019 eq. 14).
 
@@ -149,7 +143,12 @@ def data_space(steps: Steps) -> Space:
     tau2 = jnp.asarray(0.0 if steps.noise_level is None else steps.noise_level, h.dtype) ** 2
     points, weights = _quadrature(h)
     kernel = steps.alpha[1:, None] * (1 + tau2) * jnp.exp((1 + tau2) * (points - h[:, None]))
-    noise = None if steps.noise_level is None else steps.sigma[1:] * root(-jnp.expm1(-2 * tau2 * h))
+    noise = None
+    if steps.noise_level is not None:
+        # sigma sqrt(1 - e^(-2 tau^2 h)), written so that it has its derivative by tau at 0.
+        y = 2 * tau2 * h
+        mean_decay = jnp.where(y > 0, -jnp.expm1(-y) / jnp.where(y > 0, y, 1.0), 1.0)
+        noise = steps.sigma[1:] * steps.noise_level * jnp.sqrt(2 * h * mean_decay)
     return Space(one, 0 * one, shrink * jnp.exp(-tau2 * h), h, points, weights * kernel, noise)
 
 
@@ -197,8 +196,8 @@ def residual_space(steps: Steps, scale, fine, coarse) -> Space:
     alpha = jnp.where(steps.alpha > 0, steps.alpha, steps.sigma * jnp.exp(steps.half_log_snr))
     (x0, eps), c = residual(alpha, steps.sigma, scale)
     q = jnp.exp(-steps.half_log_snr)
-    radius = jnp.sqrt(q**2 + scale**2)
-    up, down = 0.5 * (q + radius), 0.5 * scale**2 / (q + radius)  # q = up - down, and zeta = log(2 up / scale)
+    radius = jnp.hypot(q, scale)  # whose square may be infinite
+    up, down = 0.5 * (q + radius), 0.5 * scale * (scale / (q + radius))  # q = up - down, and zeta = log(2 up / scale)
     grows = q[:-1] * jnp.expm1(-steps.h) * (1 + (q[1:] + q[:-1]) / (radius[1:] + radius[:-1]))  # q + radius, by that
     length = _log_ratio(grows / (q + radius)[:-1], up[1:] / up[:-1])
     points, weights = _quadrature(length)
@@ -210,8 +209,8 @@ def residual_space(steps: Steps, scale, fine, coarse) -> Space:
 
     # How far the variable is, at the points and at the end of each step, from where the step begins. q there goes by the end, which is less.
     start, there = q[:-1, None], q[1:, None] + change(slice(1, None), along - length[:, None])
-    share = change(slice(-1), along) * (1 - fine / coarse) / ((start + fine) * (1 + there / coarse))
-    moved = _log_ratio(share, (there + fine) * (1 + start / coarse) / ((start + fine) * (1 + there / coarse)))
+    share = change(slice(-1), along) / (start + fine) * ((1 - fine / coarse) / (1 + there / coarse))
+    moved = _log_ratio(share, (there + fine) / (start + fine) * ((1 + start / coarse) / (1 + there / coarse)))
     return Space(x0, eps, c[1:] / c[:-1], moved[:, -1], moved[:, :-1], weights * c[1:, None])
 
 
@@ -320,12 +319,12 @@ def ahead(steps: Steps, table: Table, scale) -> Table:
 def _told(steps: Steps, scale, at: int):
     """Of the evaluation at one time of the grid: the share of each w that its mean explains, and the integral of that over each step, `(N,)` each."""
     tan = jnp.exp(-steps.half_log_snr) / scale  # of theta: sinh(zeta)
-    cosh = jnp.sqrt(1 + tan**2)  # 1 / cos(theta)
+    cosh = jnp.hypot(1.0, tan)  # 1 / cos(theta)
     weight = jnp.where(steps.alpha[at] > 0, 1 / (1 + (_EPS_ERROR * cosh[at]) ** 2), 1.0)
-    trusted = weight * cosh[at] ** 2 / tan[at]
-    falls = tan[:-1] * jnp.expm1(-steps.h) * (tan[1:] + tan[:-1]) / (cosh[1:] + cosh[:-1])  # of cosh, without a difference of large numbers
+    trusted = weight * cosh[at] * (cosh[at] / tan[at])
+    falls = tan[:-1] * jnp.expm1(-steps.h) * ((tan[1:] + tan[:-1]) / (cosh[1:] + cosh[:-1]))  # of cosh, without a difference of large numbers
     c = jnp.hypot(steps.alpha[1:] * scale, steps.sigma[1:])
-    return trusted * tan[:-1] / cosh[:-1] ** 2, trusted * (falls / cosh[1:] / cosh[:-1]) * c
+    return trusted * (tan[:-1] / cosh[:-1]) / cosh[:-1], trusted * (falls / cosh[1:] / cosh[:-1]) * c
 
 
 def _before(values, num: int):

@@ -272,7 +272,7 @@ def lms(steps: Steps) -> Table:
 
 @register(METHODS, order=2, evaluations=2, source="arXiv:2206.00364 alg. 1")
 def heun(steps: Steps) -> Table:
-    """The trapezoidal rule for eps over sigma / alpha. A step that divides that by more than 8 is DDIM's, as is one from zero SNR."""
+    """The trapezoidal rule for eps over sigma / alpha. A step from above the data's scale that divides that by more than 8 is DDIM's."""
     return one_step(**heun_step(steps, steps.time[:-1], steps.alpha[:-1], steps.sigma[:-1], steps.h))
 
 
@@ -282,15 +282,16 @@ _LONGEST = math.log(8.0)
 
 def heun_step(steps: Steps, t, alpha, sigma, h):
     """The arguments of `one_step` for a step of Heun's method from times t, h away from the end in log(alpha / sigma)."""
-    alpha_s, sigma_s, finite = steps.alpha[1:], steps.sigma[1:], alpha > 0
-    # alpha_s times the step in sigma / alpha, which is infinite at zero SNR.
-    length = sigma_s * -jnp.expm1(jnp.where(finite, h, 0.0))
-    factor = jnp.where(finite, alpha_s / jnp.where(finite, alpha, 1.0), sigma_s / sigma)
-    first = jnp.where(finite, length, alpha_s)
-    kept = [(jnp.where(finite, 0.0, 1.0), jnp.where(finite, 1.0, 0.0)), (0.0, 1.0)]
-    # An error of the predicted end counts by the ratio of the step's two sigma / alpha: long steps would blow up.
-    second = jnp.where(finite & (h < _LONGEST), 0.5 * length, 0.0)
-    end = [first - second, second]
+    alpha_s, sigma_s = steps.alpha[1:], steps.sigma[1:]
+    # Not from zero SNR, nor in long steps from above the data's scale, where an error of x0_hat at the end counts by the ratio of the step's two
+    # sigma / alpha: these are DDIM's, written by x0, which leaves no difference of large numbers.
+    whole = (alpha > 0) & ((h < _LONGEST) | (sigma < alpha * steps.sigma_data))
+    # alpha_s times the step in sigma / alpha.
+    length = sigma_s * -jnp.expm1(jnp.where(whole, h, 0.0))
+    factor = jnp.where(whole, alpha_s / jnp.where(whole, alpha, 1.0), sigma_s / sigma)
+    first = jnp.where(whole, length, alpha_s * jnp.where(alpha > 0, -jnp.expm1(-h), 1.0))
+    kept = [(jnp.where(whole, 0.0, 1.0), jnp.where(whole, 1.0, 0.0)), (0.0, 1.0)]
+    end = [first - 0.5 * length, 0.5 * length]
     return dict(times=[t, steps.time[1:]], kept=kept, moves=[(factor, [first]), (factor, end)])
 
 

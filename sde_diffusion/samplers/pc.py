@@ -66,8 +66,8 @@ def sample_pc(
     corrector: str | None = "langevin",
     snr: float = 0.16,
     corrector_steps: int = 1,
-    num_steps: int | None = None,
-    grid: str | Float[Array, " times"] | None = None,
+    num_steps: int | None = 1000,
+    grid: str | Float[Array, " times"] | None = "uniform",
     t_end: float | None = None,
     init: Float[Array, "b ..."] | None = None,
     denoise: bool = True,
@@ -77,14 +77,13 @@ def sample_pc(
     """Samples by predictor-corrector (arXiv:2011.13456 alg. 1 and appendix G).
 
     Args:
-      score_fn, key, shape, t_end, init, denoise, return_path, sigma_data: as in `sample_sde`.
+      score_fn, key, shape, grid, t_end, init, denoise, return_path, sigma_data: as in `sample_sde`.
       predictor: any method of `sample_sde` or `sample_ode`; or a solver of `fit_solver`.
       corrector: "langevin" = "annealed_langevin" (step 2 (snr sigma)^2), "langevin_norm" (the published rule with
         batch-mean norms, which couples the samples of a batch), or None.
       snr: signal-to-noise ratio r of a Langevin step. The stationary variance is off by a factor of about 1 + snr^2.
       corrector_steps: Langevin steps at each time, at least 0.
-      grid: as in `sample_sde`, "uniform" by default.
-      num_steps: steps of the grid, 1000 by default. Evaluations: num_steps times (those of the predictor + corrector_steps), and one
+      num_steps: steps of the grid. Evaluations: num_steps times (those of the predictor + corrector_steps), and one
         more for `denoise`.
 
     Returns:
@@ -97,11 +96,11 @@ def sample_pc(
         isinstance(corrector_steps, (int, np.integer)) and corrector_steps >= 0,
         f"corrector_steps={corrector_steps} must be an integer of at least 0; 1 is usual",
     )
-    check((snr > 0) & (snr < 1), f"snr={snr} must be in (0, 1), where Langevin steps are stable; 0.16 is usual")
+    check((snr > 0) & (snr < 1) or corrector is None, f"snr={snr} must be in (0, 1), where Langevin steps are stable; 0.16 is usual")
     rule = None if corrector is None else lookup(CORRECTORS, corrector, "corrector")
     correct = Langevin(snr, rule, int(corrector_steps)) if rule and corrector_steps else None
-    if not hasattr(predictor, "times"):
-        num_steps, grid = 1000 if num_steps is None else num_steps, "uniform" if grid is None else grid
+    if hasattr(predictor, "times") and num_steps == 1000 and isinstance(grid, str) and grid == "uniform":
+        num_steps = grid = None  # nobody asked for these: a fitted solver has its own
     return integrate(
         PREDICTORS, predictor, score_fn, sde, key, shape, num_steps=num_steps, grid=grid, t_end=t_end, init=init,
         denoise=denoise, return_path=return_path, sigma_data=sigma_data, noise_level=1.0, correct=correct, kind="predictor",

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from sde_diffusion.samplers.integrate import check_noise_level, integrate
 from sde_diffusion.samplers.linear import (
-    Solver, Steps, Table, adams_bashforth, adams_moulton, data_space, midpoint, multistep, one_step, orders, register, root,
+    Solver, Steps, Table, adams_bashforth, adams_moulton, data_space, midpoint, multistep, one_step, orders, register,
 )  # fmt: skip
 from sde_diffusion.samplers.ode import heun_step
 from sde_diffusion.sde import SDE, Number, check, derivative
@@ -117,7 +117,8 @@ def churned_heun(steps: Steps) -> Table:
     variance = jnp.append(sigma[1:], steps.sigma[-1]) ** 2 - (lift * steps.sigma[1:]) ** 2
     factor, coefficients = stages["moves"][1]
     stages["moves"][1] = (lift * factor, [lift * c for c in coefficients])
-    return one_step(**stages, noise=root(variance))
+    some = variance > 0  # the root's derivative at 0 is infinite
+    return one_step(**stages, noise=jnp.where(some, jnp.sqrt(jnp.where(some, variance, 1.0)), 0.0))
 
 
 def sample_sde(
