@@ -95,6 +95,15 @@ def test_saving_and_refusing(fitted, tmp_path):
             sd.LearnedSolver.load(tmp_path / "bad.json")
 
 
+def test_a_fitted_solver_predicts_for_a_corrector(fitted):
+    """At its own times, whatever `sample_pc` has for others; without a corrector it is `sample_ode`'s, from the same key."""
+    sde, oracle, solver = fitted
+    arguments = oracle.score_fn(sde), sde, jax.random.key(1), (4, 2)
+    np.testing.assert_array_equal(sd.sample_pc(*arguments, predictor=solver, corrector=None), sd.sample_ode(*arguments, method=solver))
+    corrected, path = sd.sample_pc(*arguments, predictor=solver, return_path=True)
+    assert path.shape == (6, 4, 2) and np.isfinite(corrected).all()
+
+
 def test_a_fitted_solver_refuses_other_events(fitted):
     sde, _, solver = fitted
     with pytest.raises(ValueError, match=r"events of shape \(2,\), not \(3,\): fit_solver"):

@@ -147,7 +147,7 @@ def time_grid(
         the lower scale grows by 0.4.
       "tapered", for the multistep methods of this project: the same around log(D^(3/8) s / 3) + 0.75 d / N, with scales 1.5 + 0.4 d above and
         1.8 + 0.1 d below (N < 6: around log(0.4 D^(3/8) s), with 2 + 0.3 d and 1.85 + 0.05 d). Of these quantiles the first step covers 0.55
-        (N < 6: 0.7) of the others' share, the last of N > 10 0.7 + 3/N of it.
+        (N < 6: 0.7) of the others' share, the last of N > 10 0.7 + 3/N of it. For an early end as "student".
       "ahead", the grid of `adams`: "tapered", but 2 to 20 steps from noise are those of one step more without its second time.
       "wide", for networks that predict eps: as "student", with scales 3 + N/4 above and 1 + N/4 below; the first step covers 0.9 of the others'
         share, the last of N > 6 1/2 + 3/N.

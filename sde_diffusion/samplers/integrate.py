@@ -94,6 +94,7 @@ def check_state(score_fn, sde: SDE, key, shape, init, t_start=None):
 
 
 def check_noise_level(noise_level) -> None:
+    """Raises ValueError for what is no number, negative or not finite; a traced one passes."""
     number = noise_level is not None and np.ndim(noise_level) == 0 and not isinstance(noise_level, str)
     check(
         number and (noise_level >= 0) & (noise_level < np.inf),

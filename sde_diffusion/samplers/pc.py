@@ -62,7 +62,7 @@ def sample_pc(
     key: PRNGKeyArray,
     shape: tuple[int, ...],
     *,
-    predictor: str = "reverse_diffusion",
+    predictor="reverse_diffusion",
     corrector: str | None = "langevin",
     snr: float = 0.16,
     corrector_steps: int = 1,

@@ -114,7 +114,8 @@ def churned_heun(steps: Steps) -> Table:
     stages = heun_step(steps, t, alpha, sigma, steps.half_log_snr[1:] - raised)
     # The end of a step is raised to the beginning of the next; the last one is left.
     lift = jnp.append(alpha[1:], steps.alpha[-1]) / steps.alpha[1:]
-    variance = jnp.append(sigma[1:], steps.sigma[-1]) ** 2 - (lift * steps.sigma[1:]) ** 2
+    raise_by = jnp.append(steps.half_log_snr[1:-1] - raised[1:], 0.0)
+    variance = jnp.append(sigma[1:], steps.sigma[-1]) ** 2 * -jnp.expm1(-2 * raise_by)  # of the raised state less that of the lifted one
     factor, coefficients = stages["moves"][1]
     stages["moves"][1] = (lift * factor, [lift * c for c in coefficients])
     some = variance > 0  # the root's derivative at 0 is infinite
