@@ -1,6 +1,6 @@
 """Every solver's error over its number of network evaluations, on problems whose solutions are known.
 
-    python -m experiments.solvers [--bench=FOLDER] [--out=FOLDER] [--learned] [--mixtures=N] [--fields=N] [--first=100] [--plane] [--states=256]
+    python -m experiments.solvers [--bench=FOLDER] [--out=FOLDER] [--learned] [--mixtures=N] [--fields=N] [--first=100] [--plane] [--images] [--states=256]
 
 The main problem is a 10-component Gaussian mixture in 64 dimensions, fitted to the handwritten digits, under VE noise from 80 to
 0.002; the error is the root-mean-square distance of the end points to those of the exact flow. With --bench the mixture, the
@@ -9,7 +9,7 @@ mixture is fitted by scikit-learn, and an 8th-order adaptive solver gives the en
 (torch, diffusers), diffusers' solvers run on the same states. With --mixtures the default solver, and with --learned as well
 fitted ones, run on N random mixtures in 2 to 128 dimensions under VE and VP noise, of seeds from --first on, beside the best of diffusers'
 solvers; with --fields on N mixtures whose variances fall by a power of the frequency, as those of photographs do; with --plane on small tight
-clusters in one and two dimensions.
+clusters in one and two dimensions; with --images on mixtures fitted to MNIST and CIFAR-10, which TensorFlow Datasets has to hold.
 Prints tables, writes solvers.json and solvers.png to --out.
 """
 
@@ -27,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import sde_diffusion as sd
+from sde_diffusion import data
 from sde_diffusion.samplers import ode
 from sde_diffusion.samplers import sde as reverse
 from sde_diffusion.samplers.grid import GRIDS
@@ -153,6 +154,29 @@ def clusters_in_the_plane(num: int = 256):
         k, dim = means.shape
         start = np.asarray(sde.prior_sample(jax.random.key(0), (num, dim)), np.float64)
         yield solve(f"{name}, {type(sde).__name__}", sde, np.full(k, 1 / k), means, np.tile(deviation**2 * np.eye(dim), (k, 1, 1)), start)
+
+
+def images(num: int = 64):
+    """Problems of `num` states: mixtures fitted to MNIST and to CIFAR-10 at 8x8, 16x16 and 32x32, a Gaussian to each cluster of k-means."""
+    from sklearn.cluster import MiniBatchKMeans
+
+    cifar, mnist = (np.asarray(data.load(name).train[:]).astype(np.float32) / 127.5 - 1 for name in ("cifar10", "mnist"))
+
+    def shrunk(factor):
+        return cifar.reshape(len(cifar), 32 // factor, factor, 32 // factor, factor, 3).mean(axis=(2, 4))
+
+    kinds = {
+        "CIFAR-10 at 8x8": (shrunk(4), 10, 1e-5, sd.VP()), "MNIST": (mnist, 10, 1e-4, sd.VP()),
+        "CIFAR-10 at 16x16": (shrunk(2), 6, 1e-5, sd.VE()), "CIFAR-10 at 32x32": (cifar, 5, 1e-5, sd.VP()),
+    }  # fmt: skip
+    for name, (x, components, floor, sde) in kinds.items():
+        x = x.reshape(len(x), -1)
+        cluster = MiniBatchKMeans(components, random_state=0, n_init=3).fit_predict(x)
+        parts = [x[cluster == k] for k in range(components)]
+        covariances = np.stack([np.cov(part.T) + floor * np.eye(x.shape[1]) for part in parts])
+        start = np.asarray(sde.prior_sample(jax.random.key(3), (num, x.shape[1])), np.float64)
+        means = np.stack([part.mean(axis=0) for part in parts])
+        yield solve(f"{name}, {type(sde).__name__}", sde, np.array([len(part) / len(x) for part in parts]), means, covariances, start)
 
 
 def rmse(x, ends) -> float:
@@ -314,9 +338,10 @@ def main():
     parser.add_argument("--first", type=int, default=100, help="seed of the first of each of these")
     parser.add_argument("--plane", action="store_true", help="also clusters in one and two dimensions; needs the extra bench")
     parser.add_argument("--states", type=int, default=256, help="of each of these mixtures; a few of them, near the divide of far clusters, rule its error")
+    parser.add_argument("--images", action="store_true", help="also mixtures fitted to MNIST and CIFAR-10, which are read by TensorFlow Datasets; needs the extra bench")
     options = parser.parse_args()
-    if (options.mixtures > 0 or options.fields > 0 or options.plane) and importlib.util.find_spec("diffusers") is None:
-        parser.error("--mixtures, --fields and --plane compare with diffusers, which is not installed: pip install -e '.[bench]'")
+    if (options.mixtures > 0 or options.fields > 0 or options.plane or options.images) and importlib.util.find_spec("diffusers") is None:
+        parser.error("--mixtures, --fields, --plane and --images compare with diffusers, which is not installed: pip install -e '.[bench]'")
     problem = digits(options.bench)
     print(f"{problem.name}: {len(problem.start)} states; {jax.devices()[0].platform}, JAX {jax.__version__}, Python {platform.python_version()}")
 
@@ -347,6 +372,7 @@ def main():
         fields = (random_field(seed, min(options.states, 64)) for seed in range(options.first, options.first + options.fields))
         unseen |= generality(fields, options.learned)
     unseen |= generality(clusters_in_the_plane(options.states), options.learned) if options.plane else {}
+    unseen |= generality(images(min(options.states, 64)), options.learned) if options.images else {}
     options.out.mkdir(parents=True, exist_ok=True)
     figures = {"problem": problem.name, "jax": jax.__version__, "ode": table, "diffusers": others, "sde": variances, "learned": fits, "mixtures": unseen}
     (options.out / "solvers.json").write_text(json.dumps(figures, indent=1) + "\n")

@@ -13,7 +13,7 @@ import scipy.stats
 from oracle import SDES, ZERO_SNR, eps_network, mixture, moment_z_scores, order
 
 import sde_diffusion as sd
-from sde_diffusion.samplers import linear, ode
+from sde_diffusion.samplers import ode, spaces
 from sde_diffusion.samplers import sde as reverse
 from sde_diffusion.samplers.linear import Steps, Table
 
@@ -110,7 +110,7 @@ def test_a_linear_score_of_the_datas_own_scale_costs_no_steps(num_steps):
 
 def trusting(monkeypatch, rule):
     """A rule with all trust in the first evaluation; as a new function, for which nothing is compiled."""
-    monkeypatch.setattr(linear, "_EPS_ERROR", 0.0)
+    monkeypatch.setattr(spaces, "_EPS_ERROR", 0.0)
     return lambda steps: rule(steps)
 
 

@@ -105,7 +105,7 @@ def _solve(
         return (a[0].astype(x.dtype) for a in predict(score_fn, sde, (scale(t) * u)[None], t))
 
     def ode(zeta, u, _):
-        """du / dzeta = w = eps - sin(theta) u, see `linear.residual_space`."""
+        """du / dzeta = w = eps - sin(theta) u, see `spaces.residual_space`."""
         _, eps = network(sde.time(-2 * jnp.log(s * jnp.sinh(zeta))), u)
         return eps - jnp.tanh(zeta).astype(x.dtype) * u
 

@@ -318,7 +318,7 @@ def _descend(family, score_fn, centre, data, held_out, key, max_updates):
 @dataclasses.dataclass(frozen=True)
 class _Family:
     """The default rule at free times, plus free factors, in the scale of the state's marginal; for x less alpha centre. Given times of nfe + 1 steps,
-    the rule is that of `adams` without its first evaluation, as in few steps (`linear.ahead`)."""
+    the rule is that of `adams` without its first evaluation, as in few steps (`spaces.ahead`)."""
 
     sde: SDE
     nfe: int

@@ -10,22 +10,22 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from sde_diffusion.samplers.grid import asks_ahead, few, within_first
 from sde_diffusion.samplers.integrate import integrate
-from sde_diffusion.samplers.linear import (
-    Solver, Steps, Table, adams_bashforth, adams_moulton, ahead, centred, data_space, midpoint, multistep,
-    noise_space, one_step, orders, register, residual, residual_space, sigma_space,
+from sde_diffusion.samplers.linear import Solver, Steps, Table, one_step, register
+from sde_diffusion.samplers.spaces import (
+    adams_bashforth, adams_moulton, ahead, centred, data_space, midpoint, multistep, noise_space, orders, residual, residual_space, sigma_space,
 )  # fmt: skip
 from sde_diffusion.sde import SDE, Number, derivative
 
 METHODS: dict[str, Solver] = {}
 
-# Adams-Bashforth as predictor and Adams-Moulton as corrector, for w over log sigma between the scales of the data (`linear.residual_space`), less
-# what a mean of the data explains (`linear.centred`): the project's own.
+# Adams-Bashforth as predictor and Adams-Moulton as corrector, for w over log sigma between the scales of the data (`spaces.residual_space`), less
+# what a mean of the data explains (`spaces.centred`): the project's own.
 
 _ADAMS = dict(evaluations=1, grid="tapered")
 
 
 def _scales(steps, num=None):
-    """(scale, fine, coarse) of `linear.residual_space` for `num` evaluations.
+    """(scale, fine, coarse) of `spaces.residual_space` for `num` evaluations.
 
     Data has structure from far below its standard deviation s to its radius s sqrt(D), and what is coarsest moves it the furthest. Four or fewer evaluations
     cannot follow that: theirs are next to s, and a polynomial in s / sigma or sigma / s.
@@ -66,16 +66,16 @@ def from_within(steps: Steps) -> Table:
     return ahead(steps, _between_orders(steps, scales), scales[0])
 
 
-@register(METHODS, order=2, source="as adams_4; linear.ahead", evaluations=1, grid="ahead")
+@register(METHODS, order=2, source="as adams_4; spaces.ahead", evaluations=1, grid="ahead")
 def adams(steps: Steps) -> Table:
     """The default, for any number of evaluations: as adams_4, with a predictor between two orders.
 
     It is told the data's standard deviation s and the dimensions D, as the grid is: up to 4 evaluations go by little but s, 10 and more by the radius s sqrt(D) too
-    (`linear.residual_space`; exact for N(0, s^2 I) up to 64 dimensions). It predicts by three quarters of Adams-Bashforth of order 4 and one of order 3: networks are less smooth than exact scores,
+    (`spaces.residual_space`; exact for N(0, s^2 I) up to 64 dimensions). It predicts by three quarters of Adams-Bashforth of order 4 and one of order 3: networks are less smooth than exact scores,
     and high orders amplify that. The last three steps are of orders 2 and 1: they are long beside the finest structure of the data, and the
     network's own error outweighs what higher orders gain. Order 2 is that of the last step, which is not corrected.
     In 2 to 20 steps from noise, for up to 64 dimensions sigma > 14 alpha s in up to 8 steps and 140 alpha s in 20, the first evaluation is within the first step instead of at
-    its beginning, where it would tell the mean of the data and little else (`linear.ahead`).
+    its beginning, where it would tell the mean of the data and little else (`spaces.ahead`).
     """
     rule = from_the_prior(steps)
     noise = asks_ahead(steps.half_log_snr[0], steps.num, steps.sigma_data, steps.event_size)
@@ -92,7 +92,7 @@ def _widen(table, num):
     return dataclasses.replace(table, history=jnp.pad(table.history, ((0, 0), (0, num - table.history.shape[1]))))
 
 
-@register(METHODS, order=2, source="as adams_4; linear.residual_space", evaluations=1, grid="wide", zero_snr=False)
+@register(METHODS, order=2, source="as adams_4; spaces.residual_space", evaluations=1, grid="wide", zero_snr=False)
 def adams_eps(steps: Steps) -> Table:
     """The default for networks that predict eps or the score: as adams, over log-SNR, and with every evaluation where the state is.
 
@@ -122,13 +122,13 @@ def adams_3(steps: Steps) -> Table:
     return _adams(steps, orders(steps.num, 3))
 
 
-@register(METHODS, order=5, min_steps=4, source="linear.residual_space, linear.centred", **_ADAMS)
+@register(METHODS, order=5, min_steps=4, source="spaces.residual_space, spaces.centred", **_ADAMS)
 def adams_4(steps: Steps) -> Table:
     """Multistep predictor and corrector for w over log sigma between the data's scales: for many steps and small errors.
 
     Adams-Bashforth of order 4 predicts a step, Adams-Moulton of order 5 redoes it once its end has been evaluated for the
     next (PEC). Orders rise from 1 at the start; the last step is not corrected. What a mean of the data explains is integrated exactly, as far as the
-    first evaluation is trusted (`linear.centred`). Needs the data's standard deviation s, roughly.
+    first evaluation is trusted (`spaces.centred`). Needs the data's standard deviation s, roughly.
     """
     return _adams(steps, orders(steps.num, 4))
 
@@ -295,7 +295,7 @@ def heun_step(steps: Steps, t, alpha, sigma, h):
     return dict(times=[t, steps.time[1:]], kept=kept, moves=[(factor, [first]), (factor, end)])
 
 
-@register(METHODS, order=4, evaluations=4, source="Kutta 1901; linear.residual_space")
+@register(METHODS, order=4, evaluations=4, source="Kutta 1901; spaces.residual_space")
 def rk4(steps: Steps) -> Table:
     """The classical Runge-Kutta method, for d(x / c) = w dzeta as in adams_4."""
     s, zeta = steps.sigma_data, jnp.arcsinh(jnp.exp(-steps.half_log_snr) / steps.sigma_data)

@@ -13,10 +13,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from sde_diffusion.samplers.integrate import check_noise_level, integrate
-from sde_diffusion.samplers.linear import (
-    Solver, Steps, Table, adams_bashforth, adams_moulton, data_space, midpoint, multistep, one_step, orders, register,
-)  # fmt: skip
+from sde_diffusion.samplers.linear import Solver, Steps, Table, one_step, register
 from sde_diffusion.samplers.ode import heun_step
+from sde_diffusion.samplers.spaces import adams_bashforth, adams_moulton, data_space, midpoint, multistep, orders
 from sde_diffusion.sde import SDE, Number, check, derivative
 
 METHODS: dict[str, Solver] = {}

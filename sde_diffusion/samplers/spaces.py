@@ -1,0 +1,242 @@
+"""What multistep methods integrate, and their tables: polynomials through what past evaluations said."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from sde_diffusion.samplers.linear import Steps, Table
+
+# How wrong eps_hat is at the prior, of a network that predicts it.
+_EPS_ERROR = 0.002
+
+
+@dataclasses.dataclass(frozen=True)
+class Space:
+    """What a multistep method integrates: x_s = factor x_t + integral of y over the step + noise z.
+
+    y is one linear combination of x0_hat and eps_hat, interpolated by a polynomial in a variable u.
+
+    Attributes:
+      x0, eps: y = x0 x0_hat + eps eps_hat at each time of the grid, `(N + 1,)`.
+      factor: of the state in each step, `(N,)`.
+      length: u_{i+1} - u_i, `(N,)`.
+      points: u - u_i at the quadrature points of each step, `(N, G)`.
+      weights: of the points, with the measure of the integral, `(N, G)`.
+      noise: standard deviation of what each step adds, `(N,)`, or None.
+    """
+
+    x0: Float[Array, " times"]
+    eps: Float[Array, " times"]
+    factor: Float[Array, " steps"]
+    length: Float[Array, " steps"]
+    points: Float[Array, "steps points"]
+    weights: Float[Array, "steps points"]
+    noise: Float[Array, " steps"] | None = None
+
+
+def _quadrature(length: Float[Array, " steps"]) -> tuple[Float[Array, "steps points"], Float[Array, "steps points"]]:
+    """Points from 0 to each length, and their weights, `(N, G)`: Gauss-Legendre, exact to rounding for what is here."""
+    nodes, weights = (jnp.asarray(0.5 * a, length.dtype)[None] for a in np.polynomial.legendre.leggauss(24))
+    return (0.5 + nodes) * length[:, None], weights * length[:, None]
+
+
+def data_space(steps: Steps) -> Space:
+    """x0 over l = log(alpha / sigma), for any noise level (arXiv:2211.01095 eq. 8; arXiv:2309.05019 eq. 14).
+
+    x_s = sigma_s / sigma_t e^(-tau^2 h) x_t + alpha_s (1 + tau^2) int e^(-(1 + tau^2)(l_s - l)) x0 dl
+    + sigma_s sqrt(1 - e^(-2 tau^2 h)) z.
+    """
+    one, h, shrink = jnp.ones_like(steps.time), steps.h, steps.sigma[1:] / steps.sigma[:-1]
+    tau2 = jnp.asarray(0.0 if steps.noise_level is None else steps.noise_level, h.dtype) ** 2
+    points, weights = _quadrature(h)
+    kernel = steps.alpha[1:, None] * (1 + tau2) * jnp.exp((1 + tau2) * (points - h[:, None]))
+    noise = None
+    if steps.noise_level is not None:
+        # sigma sqrt(1 - e^(-2 tau^2 h)), written so that it has its derivative by tau at 0.
+        y = 2 * tau2 * h
+        mean_decay = jnp.where(y > 0, -jnp.expm1(-y) / jnp.where(y > 0, y, 1.0), 1.0)
+        noise = steps.sigma[1:] * steps.noise_level * jnp.sqrt(2 * h * mean_decay)
+    return Space(one, 0 * one, shrink * jnp.exp(-tau2 * h), h, points, weights * kernel, noise)
+
+
+def noise_space(steps: Steps) -> Space:
+    """eps over l = log(alpha / sigma): x_s / alpha_s = x_t / alpha_t - int e^(-l) eps dl (arXiv:2206.00927 eq. 3.4)."""
+    one, h = jnp.ones_like(steps.time), steps.h
+    points, weights = _quadrature(h)
+    kernel = -steps.sigma[1:, None] * jnp.exp(h[:, None] - points)
+    return Space(0 * one, one, steps.alpha[1:] / steps.alpha[:-1], h, points, weights * kernel)
+
+
+def sigma_space(steps: Steps) -> Space:
+    """eps over sigma / alpha: d(x / alpha) = eps d(sigma / alpha) (arXiv:2206.00364 eq. 4)."""
+    one, ratio = jnp.ones_like(steps.time), steps.sigma / steps.alpha
+    length = ratio[:-1] * jnp.expm1(-steps.h)
+    points, weights = _quadrature(length)
+    return Space(0 * one, one, steps.alpha[1:] / steps.alpha[:-1], length, points, weights * steps.alpha[1:, None])
+
+
+def residual(alpha, sigma, s):
+    """(x0, eps) of w = eps - sin(theta) x / c, what eps is more than for N(0, s^2 I), and c = sqrt(alpha^2 s^2 + sigma^2).
+
+    theta = arctan(sigma / (alpha s)); w = cos(theta)^2 eps - sin(theta) cos(theta) x0 / s.
+    """
+    c = jnp.sqrt((alpha * s) ** 2 + sigma**2)
+    sine, cosine = sigma / c, alpha * s / c
+    return (-sine * cosine / s, cosine**2), c
+
+
+def _log_ratio(share, ratio):
+    """log(ratio), by share = ratio - 1 where that has the more digits: not near -1, after a step of many powers of e."""
+    return jnp.where(share > -0.5, jnp.log1p(jnp.maximum(share, -0.5)), jnp.log(ratio))
+
+
+def residual_space(steps: Steps, scale, fine, coarse) -> Space:
+    """w of `residual` for the standard deviation `scale`, over log((q + fine) / (q + coarse)), q = sigma / alpha: the project's own.
+
+    With theta = arctan(q / scale), c = sqrt(alpha^2 scale^2 + sigma^2) and w = eps - sin(theta) x / c, the ODE is d(x / c) = w dtheta / cos(theta)
+    = w dzeta, zeta = asinh(tan theta). No linear part is left, w vanishes on N(0, scale^2 I), and its scale is that of the error of a network that
+    predicts eps. Between the scales `fine` and `coarse` (which may be 0 and infinite), where data has its structure, the variable is log(sigma / alpha), of which
+    grids take about equal steps. Data that is not centred makes w proportional to cos(theta) at high noise, where it is alpha / sigma, and below all
+    structure w is smooth in sigma: a polynomial follows both.
+    """
+    # At zero SNR as at the one by which the steps count: what is kept would vanish there, and the first move with it.
+    alpha = jnp.where(steps.alpha > 0, steps.alpha, steps.sigma * jnp.exp(steps.half_log_snr))
+    (x0, eps), c = residual(alpha, steps.sigma, scale)
+    q = jnp.exp(-steps.half_log_snr)
+    radius = jnp.hypot(q, scale)  # whose square may be infinite
+    up, down = 0.5 * (q + radius), 0.5 * scale * (scale / (q + radius))  # q = up - down, and zeta = log(2 up / scale)
+    grows = q[:-1] * jnp.expm1(-steps.h) * (1 + (q[1:] + q[:-1]) / (radius[1:] + radius[:-1]))  # q + radius, by that
+    length = _log_ratio(grows / (q + radius)[:-1], up[1:] / up[:-1])
+    points, weights = _quadrature(length)
+    along = jnp.concatenate([points, length[:, None]], axis=1)
+
+    def change(times, by):
+        """Of q where zeta changes by that: two terms of one sign."""
+        return up[times, None] * jnp.expm1(by) - down[times, None] * jnp.expm1(-by)
+
+    # How far the variable is, at the points and at the end of each step, from where the step begins. q there goes by the end, which is less.
+    start, there = q[:-1, None], q[1:, None] + change(slice(1, None), along - length[:, None])
+    share = change(slice(-1), along) / (start + fine) * ((1 - fine / coarse) / (1 + there / coarse))
+    moved = _log_ratio(share, (there + fine) / (start + fine) * ((1 + start / coarse) / (1 + there / coarse)))
+    return Space(x0, eps, c[1:] / c[:-1], moved[:, -1], moved[:, :-1], weights * c[1:, None])
+
+
+def _weights(space: Space, nodes: Float[Array, "steps nodes"], known) -> Float[Array, "steps nodes"]:
+    """The integral of each node's Lagrange polynomial over every step.
+
+    nodes: u_node - u_i of each step i, of which the ones in `known` `(N, K)` count.
+    """
+    # (u - u_m) / (u_j - u_m) for step, j, m, point; 1 where it does not count.
+    other = known[:, None, :] & known[:, :, None] & ~np.eye(nodes.shape[1], dtype=bool)[None]
+    apart = jnp.where(other, nodes[:, :, None] - nodes[:, None, :], 1.0)
+    factors = jnp.where(
+        other[..., None], (space.points[:, None, None, :] - nodes[:, None, :, None]) / apart[..., None], 1.0
+    )
+    return jnp.where(known, (space.weights[:, None, :] * factors.prod(axis=2)).sum(axis=2), 0.0)
+
+
+def _nodes(space: Space, num: int) -> Float[Array, "steps num"]:
+    """u_{i - j} - u_i for j < num; what lies before the grid is not known, and masked by the caller."""
+    length = jnp.concatenate([jnp.zeros(num, space.length.dtype), space.length])
+    index = jnp.arange(space.length.shape[0])[:, None] + num - jnp.arange(1, num)[None]
+    return jnp.pad(-jnp.cumsum(length[index], axis=1), ((0, 0), (1, 0)))
+
+
+def orders(num: int, order: int, taper: int = 0) -> np.ndarray:
+    """The order of each of `num` steps `(num,)`: rising from 1 at the start; also falling to 1 at the end of runs of fewer
+    than `taper` steps, whose last step would extrapolate far (arXiv:2211.01095 section 5)."""
+    i = np.arange(num)
+    return np.minimum(np.minimum(order, i + 1), num - i if num < taper else order)
+
+
+def adams_bashforth(space: Space, order: np.ndarray) -> Float[Array, "steps order"]:
+    """History factors of the explicit multistep method: y interpolated at the last `order` times, given for each step."""
+    num = int(order.max())
+    return _weights(space, _nodes(space, num), np.arange(num)[None] < order[:, None])
+
+
+def adams_moulton(space: Space, order: np.ndarray) -> Float[Array, "steps nodes"]:
+    """History factors of the implicit one: y interpolated at the end of the step, which comes first, and at the last
+    `order` times. Of order `order` + 1."""
+    num = int(order.max())
+    nodes = jnp.concatenate([space.length[:, None], _nodes(space, num)], axis=1)
+    return _weights(space, nodes, np.arange(num + 1)[None] < order[:, None] + 1)
+
+
+def midpoint(space: Space, order: np.ndarray) -> Float[Array, "steps 2"]:
+    """As `adams_bashforth` of order 2, with y taken half-way through the step: bounded where steps grow."""
+    first = adams_bashforth(space, np.ones_like(order))[:, 0]
+    slope = 0.5 * space.length[1:] / space.length[:-1]
+    slope = jnp.where(order == 2, jnp.pad(slope, (1, 0)), 0.0)
+    return first[:, None] * jnp.stack([1 + slope, -slope], axis=1)
+
+
+def multistep(
+    steps: Steps, space: Space, explicit: Float[Array, "steps p"], implicit: Float[Array, "steps q"] | None = None
+) -> Table:
+    """The table of an explicit method; with an implicit one, every step is redone once its end has been evaluated.
+
+    The corrector costs no evaluation: y at the predicted end serves the correction and the next step (PEC). It moves
+    the state by (implicit - explicit) y, which folds into the next row.
+    """
+    history = explicit
+    if implicit is not None:
+        num = max(explicit.shape[1] + 1, implicit.shape[1])
+
+        def widen(a, before):
+            return jnp.pad(a, ((0, 0), (before, num - before - a.shape[1])))
+
+        # Row i corrects the step that ended at t_i, where y_{i-1} was the explicit method's newest.
+        correction = (widen(implicit, 0) - widen(explicit, 1))[:-1]
+        history = widen(explicit, 0) + space.factor[:, None] * jnp.pad(correction, ((1, 0), (0, 0)))
+    return Table(steps.time[:-1], space.x0[:-1], space.eps[:-1], space.factor, history, noise=space.noise)
+
+
+def centred(steps: Steps, table: Table, scale) -> Table:
+    """A solver in a `residual_space` of this scale s that also integrates what the first evaluation tells of the data's mean: the project's own.
+
+    For N(m, s^2 I), whatever m, w is proportional to g = sin(theta) cos(theta), whose integral over zeta is known. So of every w
+    the first one's g / g_0 is left to that integral, and only the rest is interpolated: with weight one the solver is exact for N(m, s^2 I),
+    and where the data and the start are moved, the samples move with them.
+
+    An error of eps_hat counts 1 / cos(theta_0) times in such a mean. Hence the weight 1 / (1 + (0.002 / cos(theta_0))^2): for data of
+    s = 1/2 0.73 under `VP()`, 0.96 under `VE()`, next to nothing close to zero SNR, but one at zero SNR, from which no network predicts eps.
+    """
+    share, whole = _told(steps, scale, 0)
+    return dataclasses.replace(table, first=whole - (table.history * _before(share, table.history.shape[1])).sum(axis=1))
+
+
+def ahead(steps: Steps, table: Table, scale) -> Table:
+    """As `centred`, without the evaluation at the first time, which tells next to nothing but the mean; one row less: the project's own.
+
+    The state is scaled to the second time, as for N(0, s^2 I), and evaluated there. What that tells of the mean, y_1, stands for the first time's
+    evaluation too, as weight g_0 / g_1 y_1; of the rest nothing is known there. With weight one exact for N(m, s^2 I) too: w is the same at every x. Where a direction of the data has a variance v of
+    its own, the state evaluated is off by the share alpha^2 (v - s^2) / (2 sigma^2) of it: for few steps, from where sigma is many times alpha s.
+    """
+    share, whole = _told(steps, scale, 1)
+    # Nothing of the first time.
+    known = np.arange(steps.num)[:, None] > np.arange(table.history.shape[1])[None]
+    history = jnp.where(known, table.history, 0.0)
+    first = whole - (history * _before(share, history.shape[1])).sum(axis=1)
+    first = first.at[1].add(table.state[1] * first[0])
+    before = jnp.ones_like(table.state).at[1].set(table.state[0])
+    return jax.tree.map(lambda a: a[1:], dataclasses.replace(table, history=history, first=first, scale=before))
+
+
+def _told(steps: Steps, scale, at: int):
+    """Of the evaluation at one time of the grid: the share of each w that its mean explains, and the integral of that over each step, `(N,)` each."""
+    tan = jnp.exp(-steps.half_log_snr) / scale  # of theta: sinh(zeta)
+    cosh = jnp.hypot(1.0, tan)  # 1 / cos(theta)
+    weight = jnp.where(steps.alpha[at] > 0, 1 / (1 + (_EPS_ERROR * cosh[at]) ** 2), 1.0)
+    trusted = weight * cosh[at] * (cosh[at] / tan[at])
+    falls = tan[:-1] * jnp.expm1(-steps.h) * ((tan[1:] + tan[:-1]) / (cosh[1:] + cosh[:-1]))  # of cosh, without a difference of large numbers
+    c = jnp.hypot(steps.alpha[1:] * scale, steps.sigma[1:])
+    return trusted * (tan[:-1] / cosh[:-1]) / cosh[:-1], trusted * (falls / cosh[1:] / cosh[:-1]) * c
+
+
+def _before(values, num: int):
+    """values_{i - j} for j < num, `(R, num)`; 0 before the first."""
+    return jnp.pad(values, (num - 1, 0))[np.arange(len(values))[:, None] + np.arange(num)[::-1]]
