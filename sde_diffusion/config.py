@@ -90,7 +90,7 @@ def defaults() -> dict[str, Any]:
             "snr": 0.16,  # of pc
             "corrector_steps": 1,  # of pc
             "num_steps": 18,
-            "grid": config_dict.placeholder(str),  # None: the method's usual one
+            "grid": config_dict.placeholder(str),  # None: the method's usual one; uniform for pc
             "t_end": config_dict.placeholder(float),  # None: the SDE's t_min
             "denoise": True,
             "num": 1024,

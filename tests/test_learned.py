@@ -102,6 +102,8 @@ def test_a_fitted_solver_predicts_for_a_corrector(fitted):
     np.testing.assert_array_equal(sd.sample_pc(*arguments, predictor=solver, corrector=None), sd.sample_ode(*arguments, method=solver))
     corrected, path = sd.sample_pc(*arguments, predictor=solver, return_path=True)
     assert path.shape == (6, 4, 2) and np.isfinite(corrected).all()
+    with pytest.raises(ValueError, match="its own times and 5 evaluations: leave num_steps"):
+        sd.sample_pc(*arguments, predictor=solver, num_steps=1000)
 
 
 def test_a_fitted_solver_refuses_other_events(fitted):

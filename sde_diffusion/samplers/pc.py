@@ -66,8 +66,8 @@ def sample_pc(
     corrector: str | None = "langevin",
     snr: float = 0.16,
     corrector_steps: int = 1,
-    num_steps: int | None = 1000,
-    grid: str | Float[Array, " times"] | None = "uniform",
+    num_steps: int | None = None,
+    grid: str | Float[Array, " times"] | None = None,
     t_end: float | None = None,
     init: Float[Array, "b ..."] | None = None,
     denoise: bool = True,
@@ -77,14 +77,15 @@ def sample_pc(
     """Samples by predictor-corrector (arXiv:2011.13456 alg. 1 and appendix G).
 
     Args:
-      score_fn, key, shape, grid, t_end, init, denoise, return_path, sigma_data: as in `sample_sde`.
+      score_fn, key, shape, t_end, init, denoise, return_path, sigma_data: as in `sample_sde`.
       predictor: any method of `sample_sde` or `sample_ode`; or a solver of `fit_solver`.
       corrector: "langevin" = "annealed_langevin" (step 2 (snr sigma)^2), "langevin_norm" (the published rule with
         batch-mean norms, which couples the samples of a batch), or None.
       snr: signal-to-noise ratio r of a Langevin step. The stationary variance is off by a factor of about 1 + snr^2.
       corrector_steps: Langevin steps at each time, at least 0.
-      num_steps: steps of the grid. Evaluations: num_steps times (those of the predictor + corrector_steps), and one
+      num_steps: steps of the grid, 1,000 by default. Evaluations: num_steps times (those of the predictor + corrector_steps), and one
         more for `denoise`.
+      grid: as in `sample_sde`, "uniform" by default. A solver of `fit_solver` has its own steps and times: leave both out.
 
     Returns:
       samples `(B, *event)`, or `(samples, path)`.
@@ -99,8 +100,8 @@ def sample_pc(
     check((snr > 0) & (snr < 1) or corrector is None, f"snr={snr} must be in (0, 1), where Langevin steps are stable; 0.16 is usual")
     rule = None if corrector is None else lookup(CORRECTORS, corrector, "corrector")
     correct = Langevin(snr, rule, int(corrector_steps)) if rule and corrector_steps else None
-    if hasattr(predictor, "times") and num_steps == 1000 and isinstance(grid, str) and grid == "uniform":
-        num_steps = grid = None  # nobody asked for these: a fitted solver has its own
+    if not hasattr(predictor, "times"):
+        num_steps, grid = 1000 if num_steps is None else num_steps, "uniform" if grid is None else grid
     return integrate(
         PREDICTORS, predictor, score_fn, sde, key, shape, num_steps=num_steps, grid=grid, t_end=t_end, init=init,
         denoise=denoise, return_path=return_path, sigma_data=sigma_data, noise_level=1.0, correct=correct, kind="predictor",
