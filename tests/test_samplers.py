@@ -395,8 +395,8 @@ def test_shapes(method, shape):
     assert x.shape == shape and x.dtype == jnp.float32 and np.isfinite(x).all()
 
 
-@pytest.mark.parametrize("method", ["heun", "langevin"])
-def test_pmap_and_shards_give_the_numbers_of_jit(method):
+@pytest.mark.parametrize("method", ["adams", "heun", "langevin"])
+def test_pmap_shard_map_and_shards_give_the_numbers_of_jit(method):
     sde, oracle = SDES["vp"], mixture()
     keys = jax.random.split(jax.random.key(0), 8)
 
@@ -405,12 +405,14 @@ def test_pmap_and_shards_give_the_numbers_of_jit(method):
 
     one_by_one = np.stack([sample(key) for key in keys])
     np.testing.assert_allclose(jax.pmap(sample)(keys), one_by_one, rtol=1e-3, atol=1e-4)
+    mesh, part = jax.make_mesh((8,), ("data",)), jax.sharding.PartitionSpec("data")
+    mapped = jax.jit(jax.shard_map(lambda keys: sample(keys[0])[None], mesh=mesh, in_specs=part, out_specs=part))
+    np.testing.assert_allclose(mapped(jax.device_put(keys, jax.sharding.NamedSharding(mesh, part))), one_by_one, rtol=1e-3, atol=1e-4)
     # Noise is drawn at the global shape: a batch spread over 8 devices is the batch of one device.
     init = sde.prior_sample(jax.random.key(1), (32, 2))
-    sharding = jax.sharding.NamedSharding(jax.make_mesh((8,), ("data",)), jax.sharding.PartitionSpec("data"))
     whole, spread = (
         sampler(method)(oracle.score_fn(sde), sde, jax.random.key(2), (32, 2), init=x, num_steps=20)
-        for x in (init, jax.device_put(init, sharding))
+        for x in (init, jax.device_put(init, jax.sharding.NamedSharding(mesh, part)))
     )
     np.testing.assert_allclose(spread, whole, rtol=1e-3, atol=1e-4)
 

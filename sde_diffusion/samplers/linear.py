@@ -135,8 +135,9 @@ def moved(x, centre, alpha):
 
 def begin(table: Table, sde, centre, x, t_start):
     """What is carried from row to row, before the first: x less alpha centre, what past evaluations said `(K, B, *event)`, what the first one did."""
-    past = jnp.zeros((table.history.shape[1], *x.shape), x.dtype)
-    first = None if table.first is None else jnp.zeros_like(x)
+    zero = jnp.zeros_like(x)  # under shard_map as varied as x is
+    past = jnp.stack([zero] * table.history.shape[1])
+    first = None if table.first is None else zero
     return moved(x, centre, -sde.alpha(t_start)), past, first
 
 
