@@ -1,5 +1,6 @@
 """Solvers against closed forms: orders, noise levels, the default rule, and the published errors of others."""
 
+import dataclasses
 import functools
 import json
 import os
@@ -109,9 +110,14 @@ def test_a_linear_score_of_the_datas_own_scale_costs_no_steps(num_steps):
 
 
 def trusting(monkeypatch, rule):
-    """A rule with all trust in the first evaluation; as a new function, for which nothing is compiled."""
+    """A rule with all trust in the first evaluation; as a new function, for which nothing is compiled, nor kept for other tests."""
     monkeypatch.setattr(spaces, "_EPS_ERROR", 0.0)
-    return lambda steps: rule(steps)
+
+    def method(steps):
+        with jax.disable_jit():
+            return rule(steps)
+
+    return method
 
 
 @pytest.mark.parametrize("num_steps", [1, 2, 5, 12])
@@ -265,6 +271,20 @@ def test_in_few_steps_the_default_asks_nothing_of_the_prior(name, num_steps):
         within = num_steps in (2, 5, 20) and times[0] == sde.t_max and (name, num_steps) != ("ve", 20)
         assert times[1] < asked[0] < times[0] if within else asked[0] == times[0]
         np.testing.assert_allclose(asked[1:], times[1:-1], rtol=1e-6)
+
+
+@pytest.mark.parametrize("num_steps", [6, 20])
+def test_the_default_of_a_traced_process_is_that_of_a_known_one(num_steps):
+    """Where it is not known whether a process starts in noise, one program holds the rule for both: here 6 steps do, 20 do not."""
+    oracle, init = mixture(), SDES["ve"].prior_sample(jax.random.key(0), (4, 2))
+
+    def sample(sigma_max):
+        sde = dataclasses.replace(SDES["ve"], sigma_max=sigma_max)
+        grid = sde.time(jnp.linspace(-2 * jnp.log(sigma_max), 8.0, num_steps + 1))
+        return sd.sample_ode(oracle.score_fn(sde), sde, jax.random.key(0), (4, 2), init=init, grid=grid, return_path=True)[1]
+
+    sigma_max = float(SDES["ve"].sigma_max)
+    np.testing.assert_allclose(jax.jit(sample)(sigma_max), sample(sigma_max), rtol=1e-4, atol=1e-4)
 
 
 def test_one_step_more_is_no_other_rule_where_the_prior_is_of_little_noise():

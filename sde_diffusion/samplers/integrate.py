@@ -43,7 +43,8 @@ def integrate(
         noise_level = noise_level if solver.stochastic else None
     if hasattr(solver, "times"):
         solver.check_event(shape[1:])
-    table = _table(as_pytree(solver), sde, times, sigma_data, noise_level, math.prod(shape[1:]))
+    steps = _steps(sde, times, sigma_data, event_size=size, noise_level=noise_level)
+    table = solver(steps) if isinstance(solver, Solver) else _table(as_pytree(solver), steps)
     return _run(
         table, as_pytree(score_fn), sde, key, times, init, getattr(solver, "centre", None), None if correct is None else as_pytree(correct),
         shape=shape, denoise=denoise, return_path=return_path,
@@ -116,10 +117,13 @@ def check_start(solver: Solver, name: str, sde: SDE, num_steps: int, t_start=Non
         )
 
 
-# Apart from the run: another score function does not compile it again.
-@functools.partial(jax.jit, static_argnums=5)
-def _table(solver, sde, times, sigma_data, noise_level, event_size):
-    table = solver(Steps.of(sde, times, sigma_data, event_size, noise_level))
+# Apart from the run: another score function compiles neither of these again.
+_steps = jax.jit(Steps.of, static_argnames="event_size")
+
+
+@jax.jit
+def _table(solver, steps):
+    table = solver(steps)
     check(isinstance(table, Table), f"a method must return a samplers.linear.Table, not {type(table).__name__}")
     return table
 

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from sde_diffusion.prediction import predict
-from sde_diffusion.sde import SDE, Number, pytree_dataclass
+from sde_diffusion.sde import SDE, pytree_dataclass
 from sde_diffusion.times import lowest_log_snr
 
 # How many numbers an event holds, where nothing is said of it.
@@ -54,7 +54,7 @@ class Table:
     stages: int = dataclasses.field(default=1, metadata={"static": True})
 
 
-@dataclasses.dataclass(frozen=True)
+@pytree_dataclass
 class Steps:
     """A decreasing time grid as a solver sees it: N steps between N + 1 times.
 
@@ -69,13 +69,13 @@ class Steps:
     """
 
     sde: SDE
-    time: Float[Array, " times"]
-    alpha: Float[Array, " times"]
-    sigma: Float[Array, " times"]
-    half_log_snr: Float[Array, " times"]
-    sigma_data: Number
-    event_size: int
-    noise_level: Number
+    time: Leaf
+    alpha: Leaf
+    sigma: Leaf
+    half_log_snr: Leaf
+    sigma_data: Leaf
+    event_size: int = dataclasses.field(metadata={"static": True})
+    noise_level: Leaf
 
     @classmethod
     def of(cls, sde: SDE, time: Float[Array, " times"], sigma_data=0.5, event_size=EVENT_SIZE, noise_level=None) -> "Steps":
@@ -231,11 +231,11 @@ class Solver:
         return self.table.__doc__.partition("\n")[0]
 
 
-def register(methods: dict, **facts):
-    """A decorator that enters a function from `Steps` to a `Table` into a dict of solvers, under its own name."""
+def register(methods: dict, compiled: bool = True, **facts):
+    """A decorator that enters a function from `Steps` to a `Table` into a dict of solvers, under its own name; compiled, unless it does that itself."""
 
     def enter(table):
-        methods[table.__name__] = Solver(table, **facts)
+        methods[table.__name__] = Solver(jax.jit(table) if compiled else table, **facts)
         return table
 
     return enter

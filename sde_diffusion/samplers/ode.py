@@ -14,7 +14,7 @@ from sde_diffusion.samplers.linear import Solver, Steps, Table, one_step, regist
 from sde_diffusion.samplers.spaces import (
     adams_bashforth, adams_moulton, ahead, centred, data_space, midpoint, multistep, noise_space, orders, residual, residual_space, sigma_space,
 )  # fmt: skip
-from sde_diffusion.sde import SDE, Number, derivative
+from sde_diffusion.sde import SDE, Number, derivative, known
 
 METHODS: dict[str, Solver] = {}
 
@@ -54,6 +54,7 @@ def _between_orders(steps, scales, corrected=True):
     return multistep(steps, space, explicit, adams_moulton(space, order) if corrected else None)
 
 
+@jax.jit
 def from_the_prior(steps: Steps) -> Table:
     """The rule of `adams` with an evaluation at the first time, as in many steps."""
     scales = _scales(steps)
@@ -66,7 +67,19 @@ def from_within(steps: Steps) -> Table:
     return ahead(steps, _between_orders(steps, scales), scales[0])
 
 
-@register(METHODS, order=2, source="as adams_4; spaces.ahead", evaluations=1, grid="ahead")
+@jax.jit
+def _asks_ahead(steps: Steps):
+    return asks_ahead(steps.half_log_snr[0], steps.num, steps.sigma_data, steps.event_size)
+
+
+@jax.jit
+def _from_within_first(steps: Steps) -> Table:
+    """The same, told the grid without the time of its first evaluation."""
+    inner = within_first(steps.sde, steps.time, steps.sigma_data, steps.event_size)
+    return from_within(Steps.of(steps.sde, jnp.insert(steps.time, 1, inner), steps.sigma_data, steps.event_size))
+
+
+@register(METHODS, compiled=False, order=2, source="as adams_4; spaces.ahead", evaluations=1, grid="ahead")
 def adams(steps: Steps) -> Table:
     """The default, for any number of evaluations: as adams_4, with a predictor between two orders.
 
@@ -77,12 +90,10 @@ def adams(steps: Steps) -> Table:
     In 2 to 20 steps from noise, for up to 64 dimensions sigma > 14 alpha s in up to 8 steps and 140 alpha s in 20, the first evaluation is within the first step instead of at
     its beginning, where it would tell the mean of the data and little else (`spaces.ahead`).
     """
-    rule = from_the_prior(steps)
-    noise = asks_ahead(steps.half_log_snr[0], steps.num, steps.sigma_data, steps.event_size)
-    if noise is False:
-        return rule
-    inner = within_first(steps.sde, steps.time, steps.sigma_data, steps.event_size)
-    within = from_within(Steps.of(steps.sde, jnp.insert(steps.time, 1, inner), steps.sigma_data, steps.event_size))
+    noise = _asks_ahead(steps)
+    if known(noise):  # one of the two is compiled
+        return _from_within_first(steps) if noise else from_the_prior(steps)
+    rule, within = from_the_prior(steps), _from_within_first(steps)
     rule = dataclasses.replace(rule, scale=jnp.ones_like(rule.time))
     rule, within = (_widen(table, max(rule.history.shape[1], within.history.shape[1])) for table in (rule, within))
     return jax.tree.map(lambda a, b: jnp.where(noise, a, b), within, rule)
