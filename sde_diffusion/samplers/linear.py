@@ -1,7 +1,8 @@
 """Linear samplers: a solver is a table of coefficients, and one `lax.scan` runs any of them.
 
 All fixed-grid solvers of the literature, one-step or multistep, deterministic or not, move the state by a linear
-combination of what the network has said so far. So a solver is a function from a grid (`Steps`) to a `Table`.
+combination of what the network has said so far. So a solver is a function from a grid (`Steps`) to a `Table`. One-step methods
+write theirs by `one_step`, multistep ones by the polynomials of `samplers.spaces`.
 """
 
 import dataclasses
