@@ -253,9 +253,11 @@ def start(values: flags.FlagValues = flags.FLAGS) -> Start:
         with Checkpoints(workdir, read_only=True) as checkpoints:
             step = checkpoints.latest_step()
         if values.mode != "train" and step is None:
+            source = values["config"].config_filename
+            given = "" if source == str(_CONFIGS / "vp_digits.py") else f"--config={source} "
             raise ValueError(
                 f"--mode={values.mode} needs a trained network, but there is no checkpoint in {workdir}; train first: "
-                f"python -m sde_diffusion.main --workdir={values.workdir}"
+                f"python -m sde_diffusion.main {given}--workdir={values.workdir}"
             )
         saved = workdir / "config.json"
         if step is not None and saved.exists():

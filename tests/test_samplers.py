@@ -1,3 +1,4 @@
+import dataclasses
 import inspect
 
 import jax
@@ -493,6 +494,10 @@ def vp_call(function=sd.sample_ode, **options):
     return lambda: function(lambda x, t: -x, SDES["vp"], options.pop("key", jax.random.key(0)), shape, **options)
 
 
+def ddim_but(**columns):
+    return lambda steps: dataclasses.replace(ode.ddim(steps), **columns)
+
+
 @pytest.mark.parametrize(
     ("call", "words"),
     [
@@ -508,6 +513,10 @@ def vp_call(function=sd.sample_ode, **options):
         (lambda: sd.time_grid(SDES["vp"], 5, sigma_data=-1.0), ["sigma_data=-1.0", "positive"]),
         (lambda: sd.time_grid(SDES["vp"], 5, event_size=0), ["event_size=0", "integer of at least 1"]),
         (vp_call(method=lambda steps: 3), ["must return a samplers.linear.Table, not int"]),
+        (vp_call(method=ddim_but(time=np.ones(9)), num_steps=10), ["of 10 steps, 1 rows each, needs time of shape (10,), not (9,)"]),
+        (vp_call(method=ddim_but(x0=1.0), num_steps=10), ["needs x0 of shape (10,), not ()"]),
+        (vp_call(method=ddim_but(history=np.ones(10)), num_steps=10), ["needs history of shape (10, K), not (10,)"]),
+        (vp_call(method=ddim_but(noise=np.ones(10)), num_steps=10), ["adds no noise", "sample_sde"]),
         (vp_call(sd.sample_sde, noise_level=np.inf), ["noise_level=inf", "finite"]),
         (vp_call(sd.sample_sde, noise_level=-1.0), ["noise_level=-1.0", "0 is the ODE"]),
         (vp_call(sd.sample_sde, method="em"), ["'em'", "ancestral, ancestral_large", "euler_maruyama, reverse_diffusion"]),

@@ -108,6 +108,10 @@ def _wide(sde, t0, t1, u, s, size):
     return _student(sde, t0, t1, _taper(u, 0.1, 0.5), s, size, _quantiles(jnp.log(0.65 * size**0.2 * s), 3 + num / 4, 1 + num / 4))
 
 
+# The numbers of steps that may leave the first time without an evaluation.
+MAY_ASK_AHEAD = range(2, 21)
+
+
 def asks_ahead(half_log_snr, num_steps: int, s, size):
     """Whether `adams`, and its grid, leave the first time without an evaluation: in 2 to 20 steps, where these start in noise.
 
@@ -115,7 +119,7 @@ def asks_ahead(half_log_snr, num_steps: int, s, size):
     which more ask for less.
     """
     noise = jnp.exp(-jnp.maximum(half_log_snr, 0.5 * lowest_log_snr(s)))
-    return 2 <= num_steps <= 20 and noise > 1.75 * jnp.maximum(8.0, size**0.5) * max(1.0, num_steps / 8) ** 2.5 * s
+    return num_steps in MAY_ASK_AHEAD and noise > 1.75 * jnp.maximum(8.0, size**0.5) * max(1.0, num_steps / 8) ** 2.5 * s
 
 
 def _ahead(sde, t0, t1, u, s, size):
@@ -148,8 +152,8 @@ def time_grid(
         log(0.65 D^(1/5) s): most steps where the data takes shape. For an end between e^-5.5 s and e^-3 s the centre moves to 0.72 of that and
         the lower scale grows by 0.4.
       "tapered", for the multistep methods of this project: the same around log(D^(3/8) s / 3) + 0.75 d / N, with scales 1.5 + 0.4 d above and
-        1.8 + max(0.1, 0.6 - 5/N) d below (N < 6: around log(0.4 D^(3/8) s), with 2 + 0.3 d and 1.85 + 0.05 d). Of these quantiles the first step covers 0.55
-        (N < 6: 0.7) of the others' share, the last of N > 10 0.7 + 3/N of it. For an early end as "student".
+        1.8 + max(0.1, 0.6 - 5/N) d below (N < 6: around log(0.4 D^(3/8) s), with 2 + 0.3 d and 1.85 + 0.05 d). Of these quantiles the first
+        step covers 0.55 (N < 6: 0.7) of the others' share, the last of N > 10 0.7 + 3/N of it. For an early end as "student".
       "ahead", the grid of `adams`: "tapered", but 2 to 20 steps from noise are those of one step more without its second time.
       "wide", for networks that predict eps: as "student", with scales 3 + N/4 above and 1 + N/4 below; the first step covers 0.9 of the others'
         share, the last of N > 6 1/2 + 3/N.

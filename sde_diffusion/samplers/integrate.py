@@ -44,7 +44,7 @@ def integrate(
     if hasattr(solver, "times"):
         solver.check_event(shape[1:])
     steps = _steps(sde, times, sigma_data, event_size=size, noise_level=noise_level)
-    table = solver(steps) if isinstance(solver, Solver) else _table(as_pytree(solver), steps)
+    table = solver(steps) if isinstance(method, str) else _table(as_pytree(solver), steps)
     return _run(
         table, as_pytree(score_fn), sde, key, times, init, getattr(solver, "centre", None), None if correct is None else as_pytree(correct),
         shape=shape, denoise=denoise, return_path=return_path,
@@ -125,6 +125,13 @@ _steps = jax.jit(Steps.of, static_argnames="event_size")
 def _table(solver, steps):
     table = solver(steps)
     check(isinstance(table, Table), f"a method must return a samplers.linear.Table, not {type(table).__name__}")
+    rows = steps.num * table.stages
+    for name in ("time", "x0", "eps", "state", "first", "noise", "scale", "history"):
+        column = getattr(table, name)
+        good = column is None or np.shape(column)[:1] == (rows,) and np.ndim(column) == 1 + (name == "history")
+        wanted = f"({rows}, K)" if name == "history" else f"({rows},)"
+        check(good, f"a method's Table of {steps.num} steps, {table.stages} rows each, needs {name} of shape {wanted}, not {np.shape(column)}")
+    check(table.noise is None or steps.noise_level is not None, "a method of sample_ode adds no noise: pass this one to sample_sde")
     return table
 
 

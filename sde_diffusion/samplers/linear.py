@@ -2,7 +2,13 @@
 
 All fixed-grid solvers of the literature, one-step or multistep, deterministic or not, move the state by a linear
 combination of what the network has said so far. So a solver is a function from a grid (`Steps`) to a `Table`. One-step methods
-write theirs by `one_step`, multistep ones by the polynomials of `samplers.spaces`.
+write theirs by `one_step`, multistep ones by the polynomials of `samplers.spaces`. Adams-Bashforth of order 2 for x0 over log-SNR:
+
+    def mine(steps):
+        space = data_space(steps)
+        return multistep(steps, space, adams_bashforth(space, orders(steps.num, 2)))
+
+    sample_ode(score_fn, sde, key, shape, method=mine)
 """
 
 import dataclasses

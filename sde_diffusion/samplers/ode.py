@@ -1,6 +1,7 @@
 """Deterministic samplers: the probability-flow ODE dx/dt = f - 1/2 g^2 score (arXiv:2011.13456 eq. 13)."""
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from sde_diffusion.samplers.grid import asks_ahead, few, within_first
+from sde_diffusion.samplers.grid import MAY_ASK_AHEAD, asks_ahead, few, within_first
 from sde_diffusion.samplers.integrate import integrate
 from sde_diffusion.samplers.linear import Solver, Steps, Table, one_step, register
 from sde_diffusion.samplers.spaces import (
@@ -54,7 +55,6 @@ def _between_orders(steps, scales, corrected=True):
     return multistep(steps, space, explicit, adams_moulton(space, order) if corrected else None)
 
 
-@jax.jit
 def from_the_prior(steps: Steps) -> Table:
     """The rule of `adams` with an evaluation at the first time, as in many steps."""
     scales = _scales(steps)
@@ -67,16 +67,21 @@ def from_within(steps: Steps) -> Table:
     return ahead(steps, _between_orders(steps, scales), scales[0])
 
 
+@functools.partial(jax.jit, static_argnums=1)
+def _rule(steps: Steps, within: bool) -> Table:
+    """Either of these, told the grid without the time of an evaluation within its first step. Both in the form of the widest: one program runs them."""
+    if within:
+        inner = within_first(steps.sde, steps.time, steps.sigma_data, steps.event_size)
+        table = from_within(Steps.of(steps.sde, jnp.insert(steps.time, 1, inner), steps.sigma_data, steps.event_size))
+    else:
+        table = from_the_prior(steps)
+        table = dataclasses.replace(table, scale=jnp.ones_like(table.time))
+    return dataclasses.replace(table, history=jnp.pad(table.history, ((0, 0), (0, 5 - table.history.shape[1]))))
+
+
 @jax.jit
 def _asks_ahead(steps: Steps):
     return asks_ahead(steps.half_log_snr[0], steps.num, steps.sigma_data, steps.event_size)
-
-
-@jax.jit
-def _from_within_first(steps: Steps) -> Table:
-    """The same, told the grid without the time of its first evaluation."""
-    inner = within_first(steps.sde, steps.time, steps.sigma_data, steps.event_size)
-    return from_within(Steps.of(steps.sde, jnp.insert(steps.time, 1, inner), steps.sigma_data, steps.event_size))
 
 
 @register(METHODS, compiled=False, order=2, source="as adams_4; spaces.ahead", evaluations=1, grid="ahead")
@@ -90,17 +95,12 @@ def adams(steps: Steps) -> Table:
     In 2 to 20 steps from noise, for up to 64 dimensions sigma > 14 alpha s in up to 8 steps and 140 alpha s in 20, the first evaluation is within the first step instead of at
     its beginning, where it would tell the mean of the data and little else (`spaces.ahead`).
     """
+    if steps.num not in MAY_ASK_AHEAD:
+        return _rule(steps, False)
     noise = _asks_ahead(steps)
-    if known(noise):  # one of the two is compiled
-        return _from_within_first(steps) if noise else from_the_prior(steps)
-    rule, within = from_the_prior(steps), _from_within_first(steps)
-    rule = dataclasses.replace(rule, scale=jnp.ones_like(rule.time))
-    rule, within = (_widen(table, max(rule.history.shape[1], within.history.shape[1])) for table in (rule, within))
-    return jax.tree.map(lambda a, b: jnp.where(noise, a, b), within, rule)
-
-
-def _widen(table, num):
-    return dataclasses.replace(table, history=jnp.pad(table.history, ((0, 0), (0, num - table.history.shape[1]))))
+    if known(noise):  # then one of the two is compiled
+        return _rule(steps, bool(noise))
+    return jax.tree.map(lambda a, b: jnp.where(noise, a, b), _rule(steps, True), _rule(steps, False))
 
 
 @register(METHODS, order=2, source="as adams_4; spaces.residual_space", evaluations=1, grid="wide", zero_snr=False)
@@ -348,7 +348,7 @@ def sample_ode(
       key: a random key, of the prior sample; with `init` nothing depends on it.
       shape: `(B, *event)`.
       method: a name that `sd.solvers()` lists, a solver of `fit_solver`, or a function from `Steps` to a `Table`
-        (see `samplers.linear`), whose grid is "student". The default, of one evaluation a step, suits every number of them: "adams_eps" where the
+        (`samplers.linear` has an example), whose grid is "student". The default, of one evaluation a step, suits every number of them: "adams_eps" where the
         score function says that its network predicts eps or the score (`as_score`), else "adams".
       num_steps: steps of the grid, 18 by default. Evaluations: num_steps times those of a step, and one more for
         `denoise`.

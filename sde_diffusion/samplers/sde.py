@@ -145,7 +145,7 @@ def sample_sde(
       score_fn: `(x (B, *event), t (B,)) -> (B, *event)`; see `as_score` for networks.
       key: draws the prior sample and the noise of all steps, at the global shape.
       shape: `(B, *event)`.
-      method: a name that `sd.solvers("sde")` lists, or a function from `Steps` to a `Table` (see `samplers.linear`).
+      method: a name that `sd.solvers("sde")` lists, or a function from `Steps` to a `Table` (`samplers.linear` has an example).
       num_steps: steps of the grid. Evaluations: num_steps times those of a step, and one more for `denoise`.
       grid, t_end, init, sigma_data: as in `sample_ode`.
       denoise: end with one posterior-mean step E[x_0 | x_{t_end}], which removes the last step's noise. False returns
