@@ -342,6 +342,12 @@ def main():
     options = parser.parse_args()
     if (options.mixtures > 0 or options.fields > 0 or options.plane or options.images) and importlib.util.find_spec("diffusers") is None:
         parser.error("--mixtures, --fields, --plane and --images compare with diffusers, which is not installed: pip install -e '.[bench]'")
+    if options.images:
+        try:  # before the minutes that the others take
+            for name in ("cifar10", "mnist"):
+                data.load(name, in_memory=False)
+        except (OSError, ValueError, ImportError) as error:
+            parser.error(f"--images: {error}")
     problem = digits(options.bench)
     print(f"{problem.name}: {len(problem.start)} states; {jax.devices()[0].platform}, JAX {jax.__version__}, Python {platform.python_version()}")
 

@@ -251,7 +251,7 @@ def fit_solver(
         # Too few updates, or a sigma_data that is far off: nothing better than the default was found.
         best, times, centre = of_default, grid(nfe, METHODS[usual].grid), jnp.zeros(())
         table = METHODS[usual](Steps.of(sde, times, sigma_data, size))
-        table = dataclasses.replace(table, history=table.history[:, :nfe])  # of two steps the last is zero
+        table = dataclasses.replace(table, history=table.history[:, :nfe])  # of fewer steps than columns the rest is zero
     facts = {
         "sde": repr(sde), "nfe": int(nfe), "t_end": float(t_end), "sigma_data": float(sigma_data), "event_shape": list(shape[1:]),
         "updates": updates, "ended_by": ended_by, "held_out_states": len(best), **_errors("", best), **_errors("_of_the_default", of_default),

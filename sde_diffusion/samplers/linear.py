@@ -4,6 +4,8 @@ All fixed-grid solvers of the literature, one-step or multistep, deterministic o
 combination of what the network has said so far. So a solver is a function from a grid (`Steps`) to a `Table`. One-step methods
 write theirs by `one_step`, multistep ones by the polynomials of `samplers.spaces`. Adams-Bashforth of order 2 for x0 over log-SNR:
 
+    from sde_diffusion.samplers.spaces import adams_bashforth, data_space, multistep, orders
+
     def mine(steps):
         space = data_space(steps)
         return multistep(steps, space, adams_bashforth(space, orders(steps.num, 2)))

@@ -367,8 +367,8 @@ def sample_ode(
 
     Raises:
       ValueError: before any compilation, for an unknown method or grid, num_steps < 1 or too few for the method, a
-        grid or t_end outside the SDE's range, a score of the wrong shape or dtype, or a method that cannot start from
-        zero terminal SNR.
+        grid or t_end outside the SDE's range, a score of the wrong shape or dtype, a method that cannot start from
+        zero terminal SNR, or a `Table` of the wrong shapes or with noise.
     """
     if method is None:
         method = usual_method(getattr(score_fn, "prediction", None))
