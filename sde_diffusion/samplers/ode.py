@@ -109,11 +109,14 @@ def adams_eps(steps: Steps) -> Table:
 
     Such a network's x0_hat is off, at high noise, by its error in eps times sigma / alpha: of one that is 0.02 off by three at sigma / alpha = 150. This is
     a flow of its own, with structure at every log-SNR, which neither tells a mean of the data nor may be left out. So w is that
-    of three times the data's standard deviation (of less in fewer than 8 steps, of one in up to 4), interpolated over log-SNR, on a grid that is the
-    more even the more steps it has. Two steps are too long to correct the first. The less eps is off, the more adams gains on it.
+    of three times the data's standard deviation s (of less in fewer than 8 steps, of more above 64 dimensions), interpolated over log-SNR (in few steps by
+    polynomials that end between the scales of the data, as those of adams), on a grid that is the more even the more steps it has. Two steps are
+    too long to correct the first. The less eps is off, the more adams gains on it.
     """
-    scale = min(3.0, max(1.0, 0.5 * steps.num - 1)) * steps.sigma_data
-    return _between_orders(steps, (scale, 0.0, np.inf), corrected=steps.num > 2)
+    s, beyond = steps.sigma_data, 0.5 * min(1.0, max(0.0, (steps.num - 4) / 6))
+    scale = min(3.0, max(1.0, 0.5 * steps.num - 1)) * max(1.0, math.sqrt(steps.event_size) / 8) ** beyond * s
+    decades = min(6.0, max(0.01, max(0, steps.num - 4) ** 2 / 8))  # below and above s
+    return _between_orders(steps, (scale, s * 0.1**decades, s * 10.0**decades), corrected=steps.num > 2)
 
 
 def usual_method(prediction: str | None) -> str:
