@@ -1,6 +1,9 @@
-"""MNIST under the VP SDE, trained on the ELBO. No figure of a whole run has been measured yet.
+"""MNIST under the VP SDE, trained on the ELBO.
 
     python -m sde_diffusion.main --config=configs/vp_mnist.py --workdir=runs/vp_mnist
+
+1.75 million parameters. Stopped at step 28,962 of 50,000, after 10 minutes on one NVIDIA H200 beside another run: 1.078 +- 0.002 bits/dim, and an energy
+distance of 1,000 samples to held-out images of 0.035 +- 0.005 (training images: 0.044 +- 0.008).
 """
 
 from sde_diffusion.config import experiment
