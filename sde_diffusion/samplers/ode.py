@@ -109,12 +109,12 @@ def adams_eps(steps: Steps) -> Table:
 
     Such a network's x0_hat is off, at high noise, by its error in eps times sigma / alpha: of one that is 0.02 off by three at sigma / alpha = 150. This is
     a flow of its own, with structure at every log-SNR, which neither tells a mean of the data nor may be left out. So w is that
-    of three times the data's standard deviation s (of less in fewer than 8 steps, of more above 64 dimensions), interpolated over log-SNR (in few steps by
+    of three times the data's standard deviation s (of less in fewer than 8 steps, of more above 64 dimensions in 6 steps and more), interpolated over log-SNR (in few steps by
     polynomials that end between the scales of the data, as those of adams), on a grid that is the more even the more steps it has. Two steps are
     too long to correct the first. The less eps is off, the more adams gains on it.
     """
-    s, beyond = steps.sigma_data, 0.5 * min(1.0, max(0.0, (steps.num - 4) / 6))
-    scale = min(3.0, max(1.0, 0.5 * steps.num - 1)) * max(1.0, math.sqrt(steps.event_size) / 8) ** beyond * s
+    s, wide = steps.sigma_data, 1.0 if few(steps.num) else max(1.0, math.sqrt(steps.event_size) / 8) ** 0.4
+    scale = min(3.0, max(1.0, 0.5 * steps.num - 1)) * wide * s
     decades = min(6.0, max(0.01, max(0, steps.num - 4) ** 2 / 8))  # below and above s
     return _between_orders(steps, (scale, s * 0.1**decades, s * 10.0**decades), corrected=steps.num > 2)
 
