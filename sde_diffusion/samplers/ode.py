@@ -111,7 +111,7 @@ def adams_eps(steps: Steps) -> Table:
     a flow of its own, with structure at every log-SNR, which neither tells a mean of the data nor may be left out. So w is that
     of three times the data's standard deviation s (of less in fewer than 8 steps, of more above 64 dimensions in 6 steps and more), interpolated over log-SNR (in few steps by
     polynomials that end between the scales of the data, as those of adams), on a grid that is the more even the more steps it has. Two steps are
-    too long to correct the first. The less eps is off, the more adams gains on it.
+    too long to correct the first. For an exact eps, adams is closer.
     """
     s, wide = steps.sigma_data, 1.0 if few(steps.num) else max(1.0, math.sqrt(steps.event_size) / 8) ** 0.4
     scale = min(3.0, max(1.0, 0.5 * steps.num - 1)) * wide * s
