@@ -79,7 +79,9 @@ def main(argv=None):
     test = data.load(**config.data_options(run.config), in_memory=False).test
     if len(test) < options.num:
         parser.error(f"--num={options.num}: there are {len(test)} held-out examples")
-    held_out = run.scaler.dequantize(jax.random.key(1), np.asarray(test[: options.num]))
+    # The first ones may be of another kind, as MNIST's are.
+    rows = np.sort(np.random.default_rng(0).permutation(len(test))[: options.num])
+    held_out = run.scaler.dequantize(jax.random.key(1), np.asarray(test[rows]))
     print(f"{options.workdir}, step {run.step}: {options.num} states, solution of {options.reference} steps; "
           f"{jax.devices()[0].platform}, JAX {jax.__version__}, Python {platform.python_version()}")  # fmt: skip
     rivals = "diffusers'" if importlib.util.find_spec("diffusers") else "the library's own (pip install -e '.[bench]' brings diffusers')"

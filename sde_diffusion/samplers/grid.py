@@ -155,8 +155,8 @@ def time_grid(
         1.8 + max(0.1, 0.6 - 5/N) d below (N < 6: around log(0.4 D^(3/8) s), with 2 + 0.3 d and 1.85 + 0.05 d). Of these quantiles the first
         step covers 0.55 (N < 6: 0.7) of the others' share, the last of N > 10 0.7 + 3/N of it. For an early end as "student".
       "ahead", the grid of `adams`: "tapered", but 2 to 20 steps from noise are those of one step more without its second time.
-      "wide", for networks that predict eps: as "student" around log(0.65 D^(3/8) s), with scales 2.5 + 0.15 N above and 1.8 + 0.09 N below; the
-        first step covers 0.7 of the others' share, the last of N > 6 1/2 + 3/N.
+      "wide", for networks that predict eps: as "student" around log(0.65 D^(3/8) s), with scales 2.5 + 0.15 N above and 1.8 + 0.09 N below, wherever
+        it ends; the first step covers 0.7 of the others' share, the last of N > 6 1/2 + 3/N.
       "edm": uniform in q^(1/7) (arXiv:2206.00364 eq. 5, which k-diffusion calls Karras').
       "log_snr": uniform in lambda (arXiv:2206.00927 section 3.2).
       "uniform" in t; "quadratic": uniform in sqrt(t) (arXiv:2010.02502 appendix D.2).
