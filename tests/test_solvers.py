@@ -374,13 +374,16 @@ def test_the_default_goes_by_what_the_network_predicts(prediction, method):
     np.testing.assert_array_equal(draw(), draw(method=method))
 
 
-@pytest.mark.parametrize(("num_steps", "factor"), [(1, 1.0), (2, 1.0), (4, 1.0), (6, 2.0), (8, 3.0), (30, 3.0)])
-def test_adams_eps_is_exact_for_its_linear_part(num_steps, factor):
+@pytest.mark.parametrize(
+    ("num_steps", "dim", "factor"),
+    [(1, 3, 1.0), (2, 3, 1.0), (4, 3, 1.0), (6, 3, 2.0), (8, 3, 3.0), (30, 3, 3.0), (5, 256, 1.5), (6, 256, 2.639), (8, 256, 3.9585)],
+)
+def test_adams_eps_is_exact_for_its_linear_part(num_steps, dim, factor):
     """On N(0, (factor sigma_data)^2 I); sigma_data = 1/2."""
     sde, variance = SDES["ve"], (0.5 * factor) ** 2
-    init = sde.prior_sample(jax.random.key(0), (8, 3))
-    score_fn = sd.GaussianMixture.gaussian(np.zeros(3), variance * np.eye(3)).score_fn(sde)
-    draw = functools.partial(sd.sample_ode, score_fn, sde, jax.random.key(0), (8, 3), init=init, denoise=False, sigma_data=0.5)
+    init = sde.prior_sample(jax.random.key(0), (8, dim))
+    score_fn = sd.GaussianMixture.gaussian(np.zeros(dim), variance * np.eye(dim)).score_fn(sde)
+    draw = functools.partial(sd.sample_ode, score_fn, sde, jax.random.key(0), (8, dim), init=init, denoise=False, sigma_data=0.5)
     x = draw(method="adams_eps", num_steps=num_steps)
     gain = np.sqrt((variance + float(sde.sigma(sde.t_min)) ** 2) / (variance + float(sde.sigma(sde.t_max)) ** 2))
     np.testing.assert_allclose(x, gain * np.asarray(init), rtol=2e-4)

@@ -25,6 +25,11 @@ METHODS: dict[str, Solver] = {}
 _ADAMS = dict(evaluations=1, grid="tapered")
 
 
+def _breadth(steps):
+    """The radius of data of these dimensions over that in 64, at least 1."""
+    return max(1.0, math.sqrt(steps.event_size) / 8)
+
+
 def _scales(steps, num=None):
     """(scale, fine, coarse) of `spaces.residual_space` for `num` evaluations.
 
@@ -34,7 +39,7 @@ def _scales(steps, num=None):
     s, root = steps.sigma_data, math.sqrt(steps.event_size)
     num = steps.num if num is None else num
     # Never 0, which would leave nothing of the variable.
-    many, wide = min(1.0, max(0.01, (num - 4) / 6)), max(1.0, root / 8)
+    many, wide = min(1.0, max(0.01, (num - 4) / 6)), _breadth(steps)
     # Where the grid goes further out, the linear part follows.
     linear = min(1.0, many + 0.08 * math.log(wide)) if few(num) else many
     return s * wide**linear, s * 0.1**many, s * (0.25 * root) ** many
@@ -109,11 +114,11 @@ def adams_eps(steps: Steps) -> Table:
 
     Such a network's x0_hat is off, at high noise, by its error in eps times sigma / alpha: of one that is 0.02 off by three at sigma / alpha = 150. This is
     a flow of its own, with structure at every log-SNR, which neither tells a mean of the data nor may be left out. So w is that
-    of three times the data's standard deviation s (of less in fewer than 8 steps, of more above 64 dimensions in 6 steps and more), interpolated over log-SNR (in few steps by
-    polynomials that end between the scales of the data, as those of adams), on a grid that is the more even the more steps it has. Two steps are
-    too long to correct the first. For an exact eps, adams is closer.
+    of three times the data's standard deviation s (of less in fewer than 8 steps, of more above 64 dimensions in 6 steps and more), interpolated
+    over log-SNR (in few steps by polynomials that end between the scales of the data, as those of adams), on a grid that is the more even the more
+    steps it has. Two steps are too long to correct the first. For an exact eps, adams is closer.
     """
-    s, wide = steps.sigma_data, 1.0 if few(steps.num) else max(1.0, math.sqrt(steps.event_size) / 8) ** 0.4
+    s, wide = steps.sigma_data, 1.0 if few(steps.num) else _breadth(steps) ** 0.4
     scale = min(3.0, max(1.0, 0.5 * steps.num - 1)) * wide * s
     decades = min(6.0, max(0.01, max(0, steps.num - 4) ** 2 / 8))  # below and above s
     return _between_orders(steps, (scale, s * 0.1**decades, s * 10.0**decades), corrected=steps.num > 2)
