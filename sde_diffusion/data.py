@@ -5,6 +5,7 @@ import dataclasses
 import difflib
 import functools
 import io
+import json
 import math
 import os
 import pathlib
@@ -124,6 +125,23 @@ class Dataset:
             "shape": list(self.event_shape),
             "levels": self.num_levels,
         }
+
+
+def read_facts(path: pathlib.Path) -> dict[str, Any] | None:
+    """The `Dataset.facts` that a run began with, of its data.json; None where there is none.
+
+    Raises:
+      ValueError: another file.
+    """
+    if not path.exists():
+        return None
+    try:
+        facts = dict(json.loads(path.read_text()))
+        if not {"shape", "levels"} <= facts.keys():
+            raise ValueError("it does not tell shape and levels")
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path} is not what this program wrote ({error}); delete it") from None
+    return facts
 
 
 def load(

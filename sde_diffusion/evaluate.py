@@ -35,7 +35,7 @@ class Run(NamedTuple):
 
 
 def load_run(workdir: str | Path) -> Run:
-    """The newest checkpoint of a workdir that `python -m sde_diffusion.main` wrote.
+    """The newest checkpoint of a workdir that `python -m sde_diffusion.main` wrote. The data need not be on this machine.
 
     Raises:
       ValueError: no config or no checkpoint there.
@@ -48,12 +48,12 @@ def load_run(workdir: str | Path) -> Run:
             raise ValueError(f"no trained run in {path}; python -m sde_diffusion.main --workdir={workdir} makes one")
         config = configs.load(path / "config.json")
         configs.validate(config)
-        dataset = data.load(**configs.data_options(config), in_memory=False)
-        _, scaler, abstract = train.prepare(config, dataset, sharding.make_mesh())
-        step, state = checkpoints.restore(abstract)
+        facts = data.read_facts(path / "data.json") or data.load(**configs.data_options(config), in_memory=False).facts
+        event_shape, scaler = tuple(facts["shape"]), data.Scaler(facts["levels"], config.data.centered)
+        step, state = checkpoints.restore(train.abstract_state(config, event_shape, sharding.make_mesh()))
         params = state.ema
     score_fn = configs.build_score(config, params)
-    return Run(score_fn, configs.build_sde(config, params), dataset.event_shape, scaler, step, config)
+    return Run(score_fn, configs.build_sde(config, params), event_shape, scaler, step, config)
 
 
 def make_batch_sampler(config: ConfigDict, mesh, event_shape: tuple[int, ...]):

@@ -352,12 +352,10 @@ def main(_):
 
 def _check_same_data(path: Path, dataset) -> None:
     """Raises ValueError where the data are not those that the run began with."""
+    from sde_diffusion.data import read_facts
     from sde_diffusion.sde import shown
 
-    try:
-        before = dict(json.loads(path.read_text())) if path.exists() else dataset.facts
-    except (ValueError, TypeError, RecursionError) as error:
-        raise ValueError(f"{path} is not what this program wrote ({error}); delete it") from None
+    before = read_facts(path) or dataset.facts
     changes = [f"{k}: {shown(v)} -> {dataset.facts.get(k)}" for k, v in before.items() if dataset.facts.get(k) != v]
     if changes:
         raise ValueError(f"the data are not those that {path.parent} was begun with ({'; '.join(changes)}); restore them, or use another --workdir")

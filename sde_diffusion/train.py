@@ -233,14 +233,23 @@ def prepare(config: ConfigDict, dataset: data.Dataset, mesh=None):
     scaler = data.Scaler(dataset.num_levels, config.data.centered)
     if config.loss.name == "bound":
         check_values(configs.build_sde(config), scaler.values())
-    abstract = jax.eval_shape(lambda: init_state(config, dataset.event_shape))
-    layout = sharding.layout(mesh, abstract)
-    held = jax.tree.map(lambda a, s: math.prod(s.shard_shape(a.shape)) * a.dtype.itemsize, abstract, layout)
+    return mesh, scaler, abstract_state(config, dataset.event_shape, mesh)
+
+
+def abstract_state(config: ConfigDict, event_shape: tuple[int, ...], mesh) -> TrainState:
+    """The state's shapes, dtypes and places on the mesh, which `Checkpoints.restore` asks for; nothing is computed.
+
+    Raises:
+      ValueError: it does not fit on the devices.
+    """
+    abstract = jax.eval_shape(lambda: init_state(config, event_shape))
+    abstract = like(abstract, sharding.layout(mesh, abstract))
+    held = sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in jax.tree.leaves(abstract))
     sharding.check_memory(
-        mesh, sum(jax.tree.leaves(held)), f"the state of model.name={config.model.name!r} (parameters, average and optimizer)",
+        mesh, held, f"the state of model.name={config.model.name!r} (parameters, average and optimizer)",
         "make the network smaller (channels, multipliers, num_blocks, width, depth, num_classes), or split it over more train.param_shards",
     )  # fmt: skip
-    return mesh, scaler, like(abstract, layout)
+    return abstract
 
 
 def _check_images(config: ConfigDict, dataset: data.Dataset) -> None:

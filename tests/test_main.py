@@ -88,6 +88,28 @@ def test_sample_and_eval_find_the_config_in_the_workdir(workdir):
     assert json.loads((workdir / "eval_00000006.json").read_text()) == json.loads(before)
 
 
+def test_a_run_is_opened_where_its_data_are_not(workdir, tmp_path, monkeypatch):
+    there = sd.load_run(workdir)
+    shutil.copytree(workdir, tmp_path / "run")
+
+    def missing(*_, **__):
+        raise FileNotFoundError("the data")
+
+    monkeypatch.setattr(data, "load", missing)
+    here = sd.load_run(tmp_path / "run")
+    assert here.event_shape == (8, 8, 1) and here.step == 6
+    x, t = jax.random.normal(jax.random.key(0), (2, 8, 8, 1)), jax.numpy.array([0.1, 0.9])
+    np.testing.assert_array_equal(here.score_fn(x, t), there.score_fn(x, t))
+    levels = np.arange(17, dtype=np.uint8)
+    np.testing.assert_array_equal(here.scaler.to_uint8(here.scaler.encode(levels)), there.scaler.to_uint8(there.scaler.encode(levels)))
+    (tmp_path / "run" / "data.json").write_text("{}")
+    with pytest.raises(ValueError, match="data.json is not what this program wrote.*delete it"):
+        sd.load_run(tmp_path / "run")
+    (tmp_path / "run" / "data.json").unlink()  # as of runs of before: the data tell
+    with pytest.raises(FileNotFoundError, match="the data"):
+        sd.load_run(tmp_path / "run")
+
+
 @pytest.mark.slow
 def test_a_solver_is_fitted_to_a_run_and_samples_from_it(workdir):
     done = run(f"--workdir={workdir}", "--mode=fit_solver", "--config.sample.num_steps=3", "--config.sample.fit_seconds=1e-3")
