@@ -236,7 +236,8 @@ def test_a_network_s_error_is_not_taken_for_a_mean(sde):
         (10, 1024, 5.5218, 2.609, 2.0773, 0.55, 1.0),
         (8, 1024, 5.8166, 2.609, 2.0773, 0.55, 1.0),
         (5, 64, 1.9027, 2.0, 1.85, 0.7, 1.0),
-        (5, 1024, 5.3817, 2.8318, 1.9886, 0.7, 1.0),
+        (5, 1024, 5.3817, 2.4159, 2.4045, 0.7, 1.0),
+        (3, 1024, 5.3817, 2.4159, 1.85, 0.7, 1.0),
     ],
 )
 def test_the_tapered_grid_s_first_and_last_steps_are_shorter(num_steps, event_size, centre, above, below, first, last):

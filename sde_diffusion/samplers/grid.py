@@ -58,7 +58,8 @@ def _tapered_quantiles(sde, t1, s, size, num):
     # Of a method that corrects its steps, and errs most where the data is coarsest: up to its radius, s sqrt(D).
     early, more = _early(sde, t1, s), jnp.log(jnp.maximum(size / 64, 1.0))
     if few(num):
-        return _quantiles(jnp.log(0.4 * size**0.375 * (1 - 0.28 * early) * s), 2.0 + 0.3 * more, 1.85 + 0.4 * early + 0.05 * more)
+        fine = 0.2 * max(0, num - 4)
+        return _quantiles(jnp.log(0.4 * size**0.375 * (1 - 0.28 * early) * s), 2.0 + 0.15 * more, 1.85 + 0.4 * early + fine * more)
     centre = jnp.log(size**0.375 / 3 * (1 - 0.28 * early) * s) + 0.75 / num * more
     # Most directions of data in many dimensions are fine: in more than 10 evaluations, the error is theirs, of the last steps.
     fine = max(0.1, 0.6 - 5 / num)
@@ -152,8 +153,8 @@ def time_grid(
         log(0.65 D^(1/5) s): most steps where the data takes shape. For an end between e^-5.5 s and e^-3 s the centre moves to 0.72 of that and
         the lower scale grows by 0.4.
       "tapered", for the multistep methods of this project: the same around log(D^(3/8) s / 3) + 0.75 d / N, with scales 1.5 + 0.4 d above and
-        1.8 + max(0.1, 0.6 - 5/N) d below (N < 6: around log(0.4 D^(3/8) s), with 2 + 0.3 d and 1.85 + 0.05 d). Of these quantiles the first
-        step covers 0.55 (N < 6: 0.7) of the others' share, the last of N > 10 0.7 + 3/N of it. For an early end as "student".
+        1.8 + max(0.1, 0.6 - 5/N) d below (N < 6: around log(0.4 D^(3/8) s), with 2 + 0.15 d and 1.85 + 0.2 max(N - 4, 0) d). Of these quantiles the
+        first step covers 0.55 (N < 6: 0.7) of the others' share, the last of N > 10 0.7 + 3/N of it. For an early end as "student".
       "ahead", the grid of `adams`: "tapered", but 2 to 20 steps from noise are those of one step more without its second time.
       "wide", for networks that predict eps: as "student" around log(0.65 D^(3/8) s), with scales 2.5 + 0.15 N above and 1.8 + 0.09 N below, wherever
         it ends; the first step covers 0.7 of the others' share, the last of N > 6 1/2 + 3/N.

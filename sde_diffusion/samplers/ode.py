@@ -36,13 +36,16 @@ def _scales(steps, num=None):
     Data has structure from far below its standard deviation s to its radius s sqrt(D), and what is coarsest moves it the furthest. Four or fewer evaluations
     cannot follow that: theirs are next to s, and a polynomial in s / sigma or sigma / s.
     """
-    s, root = steps.sigma_data, math.sqrt(steps.event_size)
+    s, root, wide = steps.sigma_data, math.sqrt(steps.event_size), _breadth(steps)
     num = steps.num if num is None else num
     # Never 0, which would leave nothing of the variable.
-    many, wide = min(1.0, max(0.01, (num - 4) / 6)), _breadth(steps)
-    # Where the grid goes further out, the linear part follows.
-    linear = min(1.0, many + 0.08 * math.log(wide)) if few(num) else many
-    return s * wide**linear, s * 0.1**many, s * (0.25 * root) ** many
+    linear = far = many = min(1.0, max(0.01, (num - 4) / 6))
+    # In more dimensions: where the grid goes further out the linear part follows, and elsewhere the coarse scale, in fewer evaluations.
+    if few(num):
+        linear = min(1.0, many + 0.08 * math.log(wide))
+    else:
+        far = min(1.0, many + 0.3 * math.log(wide))
+    return s * wide**linear, s * 0.1**many, s * (0.25 * root) ** far
 
 
 def _adams(steps, order):
