@@ -39,12 +39,12 @@ def _scales(steps, num=None):
     s, root, wide = steps.sigma_data, math.sqrt(steps.event_size), _breadth(steps)
     num = steps.num if num is None else num
     # Never 0, which would leave nothing of the variable.
-    linear = far = many = min(1.0, max(0.01, (num - 4) / 6))
-    # In more dimensions: where the grid goes further out the linear part follows, and elsewhere the coarse scale, in fewer evaluations.
+    many = min(1.0, max(0.01, (num - 4) / 6))
+    # In more dimensions the coarsest directions are most of the error: in few evaluations, whose grid goes further out, the linear part follows.
     if few(num):
-        linear = min(1.0, many + 0.08 * math.log(wide))
+        linear, far = min(1.0, many + 0.08 * math.log(wide)), many
     else:
-        far = min(1.0, many + 0.3 * math.log(wide))
+        linear, far = many, many + 0.3 * math.log(wide)
     return s * wide**linear, s * 0.1**many, s * (0.25 * root) ** far
 
 
