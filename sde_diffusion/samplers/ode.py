@@ -40,8 +40,8 @@ def _scales(steps, num=None):
     num = steps.num if num is None else num
     # Never 0, which would leave nothing of the variable.
     many = min(1.0, max(0.01, (num - 4) / 6))
-    # In more dimensions the coarsest directions are most of the error: in few evaluations, whose grid goes further out, the linear part follows.
-    # From ten on nothing is changed: with a still coarser scale, mixtures fitted to images lose a tenth.
+    # In more dimensions the coarsest directions are most of the error. In few evaluations, whose grid goes further out, the linear part follows; else the
+    # coarse scale comes earlier. Beyond that of ten evaluations, mixtures fitted to images lose a tenth.
     if few(num):
         linear, far = min(1.0, many + 0.08 * math.log(wide)), many
     else:
