@@ -137,10 +137,16 @@ def read_facts(path: pathlib.Path) -> dict[str, Any] | None:
         return None
     try:
         facts = dict(json.loads(path.read_text()))
-        if not {"shape", "levels"} <= facts.keys():
-            raise ValueError("it does not tell shape and levels")
-    except (ValueError, TypeError, RecursionError) as error:
-        raise ValueError(f"{path} is not what this program wrote ({error}); delete it") from None
+        shape, levels = facts["shape"], facts["levels"]
+        if not (isinstance(shape, list) and shape and all(type(n) is int and n >= 1 for n in shape)):
+            raise ValueError(f"shape {shown(shape)}")
+        # Images have levels, vectors have none.
+        if not (type(levels) is int and 2 <= levels <= 256 if len(shape) == 3 else levels is None):
+            raise ValueError(f"levels {shown(levels)} with shape {shape}")
+    except (KeyError, ValueError, TypeError, RecursionError) as error:
+        raise ValueError(
+            f"{path} is not what this program wrote ({error}); copy it again from where the run was trained, or delete it where the data are"
+        ) from None
     return facts
 
 

@@ -35,10 +35,10 @@ class Run(NamedTuple):
 
 
 def load_run(workdir: str | Path) -> Run:
-    """The newest checkpoint of a workdir that `python -m sde_diffusion.main` wrote. The data need not be on this machine.
+    """The newest checkpoint of a workdir that `python -m sde_diffusion.main` wrote. The data need not be on this machine: data.json tells their shape.
 
     Raises:
-      ValueError: no config or no checkpoint there.
+      ValueError: no config or no checkpoint there, none that can be read, or another data.json.
     """
     from sde_diffusion import train
 

@@ -102,9 +102,11 @@ def test_a_run_is_opened_where_its_data_are_not(workdir, tmp_path, monkeypatch):
     np.testing.assert_array_equal(here.score_fn(x, t), there.score_fn(x, t))
     levels = np.arange(17, dtype=np.uint8)
     np.testing.assert_array_equal(here.scaler.to_uint8(here.scaler.encode(levels)), there.scaler.to_uint8(there.scaler.encode(levels)))
-    (tmp_path / "run" / "data.json").write_text("{}")
-    with pytest.raises(ValueError, match="data.json is not what this program wrote.*delete it"):
-        sd.load_run(tmp_path / "run")
+    for damaged in ("{}", "[]", '{"shape": null, "levels": 17}', '{"shape": [8, 8, 1], "levels": null}', '{"shape": [8, 8, 1], "levels": "17"}',
+                    '{"shape": [2], "levels": 256}', '{"shape": "881", "levels": 17}', '{"shape": [8, 8, 1], "levels": 1}'):  # fmt: skip
+        (tmp_path / "run" / "data.json").write_text(damaged)
+        with pytest.raises(ValueError, match="data.json is not what this program wrote.*copy it again"):
+            sd.load_run(tmp_path / "run")
     (tmp_path / "run" / "data.json").unlink()  # as of runs of before: the data tell
     with pytest.raises(FileNotFoundError, match="the data"):
         sd.load_run(tmp_path / "run")
