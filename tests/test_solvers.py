@@ -43,7 +43,7 @@ def test_convergence_orders(method, x64):
         # Another standard deviation than the data's, for which the default's linear part would be the whole of the flow.
         x = deterministic(
             method, score_fn, sde, jax.random.key(0), (8, 1), init=init, num_steps=int(num), grid="log_snr", t_end=t_end,
-            denoise=False, sigma_data=0.3,
+            denoise=False, sigma_data=1.2,
         )  # fmt: skip
         errors.append(np.abs(np.asarray(x) - exact).max())
     # Superconvergence on a linear problem is no fault.

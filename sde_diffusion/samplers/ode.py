@@ -23,6 +23,8 @@ METHODS: dict[str, Solver] = {}
 # what a mean of the data explains (`spaces.centred`): the project's own.
 
 _ADAMS = dict(evaluations=1, grid="tapered")
+# Evaluations from which the last steps of `adams` are of higher order.
+_MANY = 15
 
 
 def _breadth(steps):
@@ -55,25 +57,27 @@ def _adams(steps, order):
     return centred(steps, multistep(steps, space, adams_bashforth(space, order), adams_moulton(space, order)), scales[0])
 
 
-def _between_orders(steps, scales, corrected=True):
+def _between_orders(steps, scales, corrected=True, many=False):
+    """many: enough evaluations for the last steps to be short, of which two then are of order 2, not three, and of that alone."""
     left = steps.num - np.arange(steps.num)
-    order = np.minimum(orders(steps.num, 4), np.maximum(2, left - 1))
+    order = np.minimum(orders(steps.num, 4), 1 + (left + 1) // 2 if many else np.maximum(2, left - 1))
     space = residual_space(steps, *scales)
     high, low = adams_bashforth(space, order), adams_bashforth(space, np.maximum(order - 1, 1))
-    explicit = 0.75 * high + 0.25 * jnp.pad(low, ((0, 0), (0, high.shape[1] - low.shape[1])))
+    share = np.where(many & (left <= 2), 1.0, 0.75)[:, None]
+    explicit = share * high + (1 - share) * jnp.pad(low, ((0, 0), (0, high.shape[1] - low.shape[1])))
     return multistep(steps, space, explicit, adams_moulton(space, order) if corrected else None)
 
 
 def from_the_prior(steps: Steps) -> Table:
     """The rule of `adams` with an evaluation at the first time, as in many steps."""
     scales = _scales(steps)
-    return centred(steps, _between_orders(steps, scales), scales[0])
+    return centred(steps, _between_orders(steps, scales, many=steps.num >= _MANY), scales[0])
 
 
 def from_within(steps: Steps) -> Table:
     """The rule of `adams` without an evaluation at the first time, as in few steps; one row less."""
     scales = _scales(steps, steps.num - 1)
-    return ahead(steps, _between_orders(steps, scales), scales[0])
+    return ahead(steps, _between_orders(steps, scales, many=steps.num - 1 >= _MANY), scales[0])
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -93,15 +97,15 @@ def _asks_ahead(steps: Steps):
     return asks_ahead(steps.half_log_snr[0], steps.num, steps.sigma_data, steps.event_size)
 
 
-@register(METHODS, compiled=False, order=2, source="as adams_4; spaces.ahead", evaluations=1, grid="ahead")
+@register(METHODS, compiled=False, order=3, source="as adams_4; spaces.ahead", evaluations=1, grid="ahead")
 def adams(steps: Steps) -> Table:
     """The default, for any number of evaluations: as adams_4, with a predictor between two orders.
 
     It is told the data's standard deviation s and the dimensions D, as the grid is: up to 4 evaluations go by little but s, 10 and more by the radius s sqrt(D) too,
     whose coarse scale comes earlier in more than 64 dimensions (`spaces.residual_space`; exact for N(0, s^2 I) up to 64 dimensions). It predicts by three quarters
     of Adams-Bashforth of order 4 and one of order 3: networks are less smooth than exact scores, and high orders amplify that. The last three steps are of orders
-    2 and 1: they are long beside the finest structure of the data, and the network's own error outweighs what higher orders gain. Order 2 is that of the last
-    step, which is not corrected.
+    2 and 1 below 15 evaluations, the last two of order 2 from there on: they are long beside the finest structure of the data, and the network's own error outweighs
+    what higher orders gain. The order, 3, is that of the last step's error, which is not corrected.
     In 2 to 20 steps from noise, for up to 64 dimensions sigma > 14 alpha s in up to 8 steps and 140 alpha s in 20, the first evaluation is within the first step instead of at
     its beginning, where it would tell the mean of the data and little else (`spaces.ahead`).
     """
