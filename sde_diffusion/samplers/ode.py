@@ -23,7 +23,7 @@ METHODS: dict[str, Solver] = {}
 # what a mean of the data explains (`spaces.centred`): the project's own.
 
 _ADAMS = dict(evaluations=1, grid="tapered")
-# Evaluations from which the last steps of `adams` are of higher order.
+# Evaluations from which fewer of the last steps of `adams` are of low order (`_between_orders`).
 _MANY = 15
 
 
@@ -105,7 +105,7 @@ def adams(steps: Steps) -> Table:
     whose coarse scale comes earlier in more than 64 dimensions (`spaces.residual_space`; exact for N(0, s^2 I) up to 64 dimensions). It predicts by three quarters
     of Adams-Bashforth of order 4 and one of order 3: networks are less smooth than exact scores, and high orders amplify that. The last three steps are of orders
     2 and 1 below 15 evaluations, the last two of order 2 from there on: they are long beside the finest structure of the data, and the network's own error outweighs
-    what higher orders gain. The order, 3, is that of the last step's error, which is not corrected.
+    what higher orders gain. The order, 3, is that of what the last step, which is not corrected, leaves in many steps.
     In 2 to 20 steps from noise, for up to 64 dimensions sigma > 14 alpha s in up to 8 steps and 140 alpha s in 20, the first evaluation is within the first step instead of at
     its beginning, where it would tell the mean of the data and little else (`spaces.ahead`).
     """
