@@ -526,3 +526,26 @@ def test_the_default_is_ahead_of_every_peer(bench):
     for budget in (5, 6, 8, 10, 15, 20, 30, 50):
         best = min(measured for measured, _ in peers[str(budget)].values())
         assert error(num_steps=budget) <= (0.5 if budget in (10, 15, 20, 30) else 1.0) * best
+
+
+@pytest.mark.parametrize("rule", [spaces.adams_bashforth, spaces.adams_moulton])
+def test_the_first_steps_integrate_one_power_more_with_a_node_at_infinite_noise(rule, x64):
+    """Polynomials that vanish at infinite noise, of one degree more than the evaluations could tell; from far beyond the data's radius, none."""
+    s, fine, coarse = 0.8, 0.08, 3.0
+    near, far = (Steps.of(SDES["ve"], sd.time_grid(SDES["ve"], 15, sigma_data=a, event_size=192), a, 192) for a in (s, 0.1 * s))
+    order = spaces.orders(15, 4)
+    plain = spaces.residual_space(near, s, fine, coarse)
+    space = spaces.with_origin(near, plain, fine, coarse)
+    q = np.exp(-np.asarray(near.half_log_snr))
+    u = np.log((q + fine) / (q + coarse))  # 0 at infinite noise
+    implicit = int(rule is spaces.adams_moulton)
+    with_node, without = np.asarray(rule(space, order)), np.asarray(rule(plain, order))
+    for i in range(3):
+        degree = i + 1 + implicit
+        nodes = u[[i + implicit - j for j in range(degree)]]
+        exact = (np.asarray(space.weights)[i] * (u[i] + np.asarray(space.points)[i]) ** degree).sum()
+        np.testing.assert_allclose(with_node[i, :degree] @ nodes**degree, exact, rtol=1e-9)
+        assert abs(without[i, :degree] @ nodes**degree / exact - 1) > 1e-3
+    np.testing.assert_array_equal(with_node[3:], without[3:])
+    space = spaces.residual_space(far, s, fine, coarse)
+    np.testing.assert_array_equal(rule(spaces.with_origin(far, space, fine, coarse), order), rule(space, order))

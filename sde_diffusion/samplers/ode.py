@@ -14,6 +14,7 @@ from sde_diffusion.samplers.integrate import integrate
 from sde_diffusion.samplers.linear import Solver, Steps, Table, one_step, register
 from sde_diffusion.samplers.spaces import (
     adams_bashforth, adams_moulton, ahead, centred, data_space, midpoint, multistep, noise_space, orders, residual, residual_space, sigma_space,
+    with_origin,
 )  # fmt: skip
 from sde_diffusion.sde import SDE, Number, derivative, known
 
@@ -57,13 +58,15 @@ def _adams(steps, order):
     return centred(steps, multistep(steps, space, adams_bashforth(space, order), adams_moulton(space, order)), scales[0])
 
 
-def _between_orders(steps, scales, corrected=True, many=False):
-    """many: enough evaluations for the last steps to be short, of which two then are of order 2, not three, and of that alone."""
+def _between_orders(steps, scales, corrected=True, many=False, origin=False):
+    """many: enough evaluations for the last steps to be short, of which two then are of order 2, not three, and of that alone. origin: see `spaces.with_origin`."""
     left = steps.num - np.arange(steps.num)
     order = np.minimum(orders(steps.num, 4), 1 + (left + 1) // 2 if many else np.maximum(2, left - 1))
     space = residual_space(steps, *scales)
+    if origin:
+        space = with_origin(steps, space, *scales[1:])
     high, low = adams_bashforth(space, order), adams_bashforth(space, np.maximum(order - 1, 1))
-    share = np.where(many & (left <= 2), 1.0, 0.75)[:, None]
+    share = jnp.where(many & (left <= 2), 1.0, 0.75)[:, None].astype(high.dtype)
     explicit = share * high + (1 - share) * jnp.pad(low, ((0, 0), (0, high.shape[1] - low.shape[1])))
     return multistep(steps, space, explicit, adams_moulton(space, order) if corrected else None)
 
@@ -71,7 +74,7 @@ def _between_orders(steps, scales, corrected=True, many=False):
 def from_the_prior(steps: Steps) -> Table:
     """The rule of `adams` with an evaluation at the first time, as in many steps."""
     scales = _scales(steps)
-    return centred(steps, _between_orders(steps, scales, many=steps.num >= _MANY), scales[0])
+    return centred(steps, _between_orders(steps, scales, many=steps.num >= _MANY, origin=True), scales[0])
 
 
 def from_within(steps: Steps) -> Table:
@@ -104,10 +107,11 @@ def adams(steps: Steps) -> Table:
     It is told the data's standard deviation s and the dimensions D, as the grid is: up to 4 evaluations go by little but s, 10 and more by the radius s sqrt(D) too,
     whose coarse scale comes earlier in more than 64 dimensions (`spaces.residual_space`; exact for N(0, s^2 I) up to 64 dimensions). It predicts by three quarters
     of Adams-Bashforth of order 4 and one of order 3: networks are less smooth than exact scores, and high orders amplify that. The last three steps are of orders
-    2 and 1 below 15 evaluations, the last two of order 2 from there on: they are long beside the finest structure of the data, and the network's own error outweighs
+    2 and 1 below 15 evaluations; from there on the last two are of order 2 alone, the two before of orders 3 and 2: they are long beside the finest structure of the data, and the network's own error outweighs
     what higher orders gain. The order, 3, is that of what the last step, which is not corrected, leaves in many steps.
     In 2 to 20 steps from noise, for up to 64 dimensions sigma > 14 alpha s in up to 8 steps and 140 alpha s in 20, the first evaluation is within the first step instead of at
-    its beginning, where it would tell the mean of the data and little else (`spaces.ahead`).
+    its beginning, where it would tell the mean of the data and little else (`spaces.ahead`). Else, from within ten times the data's radius, the first three steps count
+    infinite noise as a node (`spaces.with_origin`).
     """
     if steps.num not in MAY_ASK_AHEAD:
         return _rule(steps, False)

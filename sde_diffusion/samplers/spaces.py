@@ -1,6 +1,7 @@
 """What multistep methods integrate, and their tables: polynomials through what past evaluations said."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +27,8 @@ class Space:
       points: u - u_i at the quadrature points of each step, `(N, G)`.
       weights: of the points, with the measure of the integral, `(N, G)`.
       noise: standard deviation of what each step adds, `(N,)`, or None.
+      origin: u - u_i where y is known to vanish, before the first time, `(N,)`, infinite where that may not count, or None: a node without an evaluation, as long as
+        the history is short.
     """
 
     x0: Float[Array, " times"]
@@ -35,6 +38,7 @@ class Space:
     points: Float[Array, "steps points"]
     weights: Float[Array, "steps points"]
     noise: Float[Array, " steps"] | None = None
+    origin: Float[Array, " steps"] | None = None
 
 
 def _quadrature(length: Float[Array, " steps"]) -> tuple[Float[Array, "steps points"], Float[Array, "steps points"]]:
@@ -124,6 +128,22 @@ def residual_space(steps: Steps, scale, fine, coarse) -> Space:
     return Space(x0, eps, c[1:] / c[:-1], moved[:, -1], moved[:, :-1], weights * c[1:, None])
 
 
+# Steps that count the origin: after them the history of order 4 is full.
+_SHORT = 3
+
+
+def with_origin(steps: Steps, space: Space, fine, coarse) -> Space:
+    """A `residual_space` of these scales with a node that is known of old: w vanishes at infinite noise. The project's own.
+
+    So the first steps, whose history is short, are of one order more, which in the directions of the largest variances is most of the error. Only from within
+    ten times the data's radius: from further out these steps leave next to nothing, and of two nodes so close a network is not exact enough to tell a slope.
+    """
+    q, length = jnp.exp(-steps.half_log_snr[0]), space.length
+    near = q < 10 * steps.sigma_data * max(8.0, math.sqrt(steps.event_size))
+    to_first = jnp.log1p((coarse - fine) / (q + fine))
+    return dataclasses.replace(space, origin=jnp.where(near, to_first + length - jnp.cumsum(length), jnp.inf))
+
+
 def _weights(space: Space, nodes: Float[Array, "steps nodes"], known) -> Float[Array, "steps nodes"]:
     """The integral of each node's Lagrange polynomial over every step.
 
@@ -136,6 +156,15 @@ def _weights(space: Space, nodes: Float[Array, "steps nodes"], known) -> Float[A
         other[..., None], (space.points[:, None, None, :] - nodes[:, None, :, None]) / apart[..., None], 1.0
     )
     return jnp.where(known, (space.weights[:, None, :] * factors.prod(axis=2)).sum(axis=2), 0.0)
+
+
+def _interpolated(space: Space, nodes, known):
+    """As `_weights`, with the space's origin, if any, among the nodes of the first steps."""
+    if space.origin is None:
+        return _weights(space, nodes, known)
+    counts = (np.arange(len(known)) < _SHORT) & jnp.isfinite(space.origin)
+    nodes = jnp.concatenate([nodes, jnp.where(counts, space.origin, 0.0)[:, None]], axis=1)
+    return _weights(space, nodes, jnp.concatenate([known, counts[:, None]], axis=1))[:, :-1]
 
 
 def _nodes(space: Space, num: int) -> Float[Array, "steps num"]:
@@ -155,7 +184,7 @@ def orders(num: int, order: int, taper: int = 0) -> np.ndarray:
 def adams_bashforth(space: Space, order: np.ndarray) -> Float[Array, "steps order"]:
     """History factors of the explicit multistep method: y interpolated at the last `order` times, given for each step."""
     num = int(order.max())
-    return _weights(space, _nodes(space, num), np.arange(num)[None] < order[:, None])
+    return _interpolated(space, _nodes(space, num), np.arange(num)[None] < order[:, None])
 
 
 def adams_moulton(space: Space, order: np.ndarray) -> Float[Array, "steps nodes"]:
@@ -163,7 +192,7 @@ def adams_moulton(space: Space, order: np.ndarray) -> Float[Array, "steps nodes"
     `order` times. Of order `order` + 1."""
     num = int(order.max())
     nodes = jnp.concatenate([space.length[:, None], _nodes(space, num)], axis=1)
-    return _weights(space, nodes, np.arange(num + 1)[None] < order[:, None] + 1)
+    return _interpolated(space, nodes, np.arange(num + 1)[None] < order[:, None] + 1)
 
 
 def midpoint(space: Space, order: np.ndarray) -> Float[Array, "steps 2"]:
