@@ -136,7 +136,8 @@ def with_origin(steps: Steps, space: Space, fine, coarse) -> Space:
     """A `residual_space` of these scales with a node that is known of old: w vanishes at infinite noise. The project's own.
 
     So the first steps, whose history is short, are of one order more, which in the directions of the largest variances is most of the error. Only from within
-    ten times the data's radius: from further out these steps leave next to nothing, and of two nodes so close a network is not exact enough to tell a slope.
+    ten times the data's radius s sqrt(D) (of 64 dimensions, where it has fewer): from further out these steps leave less, and of two nodes so close a network is
+    not exact enough to tell a slope.
     """
     q, length = jnp.exp(-steps.half_log_snr[0]), space.length
     near = q < 10 * steps.sigma_data * max(8.0, math.sqrt(steps.event_size))
