@@ -157,17 +157,20 @@ def clusters_in_the_plane(num: int = 256):
 
 
 def images(num: int = 64):
-    """Problems of `num` states: mixtures fitted to MNIST and to CIFAR-10 at 8x8, 16x16 and 32x32, a Gaussian to each cluster of k-means."""
+    """Problems of `num` states: mixtures fitted to MNIST and CIFAR-10 in 49 to 3,072 dimensions, a Gaussian to each cluster of k-means."""
     from sklearn.cluster import MiniBatchKMeans
 
     cifar, mnist = (np.asarray(data.load(name).train[:]).astype(np.float32) / 127.5 - 1 for name in ("cifar10", "mnist"))
 
-    def shrunk(factor):
-        return cifar.reshape(len(cifar), 32 // factor, factor, 32 // factor, factor, 3).mean(axis=(2, 4))
+    def at(size, x):
+        by = x.shape[1] // size
+        return x.reshape(len(x), size, by, size, by, x.shape[-1]).mean(axis=(2, 4))
 
+    grey = cifar.mean(axis=-1, keepdims=True)
     kinds = {
-        "CIFAR-10 at 8x8": (shrunk(4), 10, 1e-5, sd.VP()), "MNIST": (mnist, 10, 1e-4, sd.VP()),
-        "CIFAR-10 at 16x16": (shrunk(2), 6, 1e-5, sd.VE()), "CIFAR-10 at 32x32": (cifar, 5, 1e-5, sd.VP()),
+        "MNIST at 7x7": (at(7, mnist), 10, 1e-4, sd.VP()), "MNIST at 14x14": (at(14, mnist), 10, 1e-4, ve()), "MNIST": (mnist, 10, 1e-4, sd.VP()),
+        "CIFAR-10 at 8x8": (at(8, cifar), 10, 1e-5, sd.VP()), "CIFAR-10 in grey at 16x16": (at(16, grey), 20, 1e-5, ve()),
+        "CIFAR-10 in grey": (grey, 1, 1e-5, sd.VP()), "CIFAR-10 at 16x16": (at(16, cifar), 6, 1e-5, sd.VE()), "CIFAR-10": (cifar, 5, 1e-5, sd.VP()),
     }  # fmt: skip
     for name, (x, components, floor, sde) in kinds.items():
         x = x.reshape(len(x), -1)
