@@ -549,3 +549,21 @@ def test_the_first_steps_integrate_one_power_more_with_a_node_at_infinite_noise(
     np.testing.assert_array_equal(with_node[3:], without[3:])
     space = spaces.residual_space(far, s, fine, coarse)
     np.testing.assert_array_equal(rule(spaces.with_origin(far, space, fine, coarse), order), rule(space, order))
+
+
+@pytest.mark.parametrize("num", [2, 3, 4])
+def test_a_few_steps_from_within_the_radius_are_ahead_of_the_published_ones(num):
+    """From so little noise the first evaluation is at the prior. The last step of so few is long: it must not go by what is known at infinite noise."""
+    sde, deviations = sd.VE(sigma_max=8.0), np.logspace(-1, 0.4, 64)
+    deviations *= 0.7 / np.sqrt((deviations**2).mean())
+    score_fn = sd.GaussianMixture.gaussian(np.zeros(64), np.diag(deviations**2)).score_fn(sde)
+    x = sde.prior_sample(jax.random.key(0), (64, 64))
+    first, last = (float(sde.sigma(t)) for t in (sde.t_max, sde.t_min))
+    end = np.asarray(x) * np.sqrt((deviations**2 + last**2) / (deviations**2 + first**2))
+
+    def error(**options):
+        samples = sd.sample_ode(score_fn, sde, jax.random.key(0), x.shape, init=x, num_steps=num, denoise=False, **options)
+        return float(jnp.sqrt(jnp.mean((samples - end) ** 2)))
+
+    others = (error(method=m, grid=g) for m in ("ddim", "dpmpp_2m", "unipc_2") for g in ("edm", "log_snr"))
+    assert error() < min(others)

@@ -110,8 +110,8 @@ def adams(steps: Steps) -> Table:
     2 and 1 below 15 evaluations; from there on the last two are of order 2 alone, the two before of orders 3 and 2: they are long beside the finest structure of
     the data, and the network's own error outweighs what higher orders gain. The order, 3, is that of what the last step, which is not corrected, leaves in many steps.
     In 2 to 20 steps from noise, for up to 64 dimensions sigma > 14 alpha s in up to 8 steps and 140 alpha s in 20, the first evaluation is within the first step instead of at
-    its beginning, where it would tell the mean of the data and little else (`spaces.ahead`). Else, from within ten times the data's radius, the first three steps count
-    infinite noise as a node (`spaces.with_origin`).
+    its beginning, where it would tell the mean of the data and little else (`spaces.ahead`). Else, from within ten times the data's radius, the first three steps, but
+    for the last of all, count infinite noise as a node (`spaces.with_origin`).
     """
     if steps.num not in MAY_ASK_AHEAD:
         return _rule(steps, False)

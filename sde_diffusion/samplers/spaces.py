@@ -128,7 +128,7 @@ def residual_space(steps: Steps, scale, fine, coarse) -> Space:
     return Space(x0, eps, c[1:] / c[:-1], moved[:, -1], moved[:, :-1], weights * c[1:, None])
 
 
-# Steps that count the origin: after them the history of order 4 is full.
+# Steps that count the origin, unless they are the last: after them the history of order 4 is full.
 _SHORT = 3
 
 
@@ -163,7 +163,8 @@ def _interpolated(space: Space, nodes, known):
     """As `_weights`, with the space's origin, if any, among the nodes of the first steps."""
     if space.origin is None:
         return _weights(space, nodes, known)
-    counts = (np.arange(len(known)) < _SHORT) & jnp.isfinite(space.origin)
+    # Not in the last step, which is long where there are so few, and which nothing corrects.
+    counts = (np.arange(len(known)) < min(_SHORT, len(known) - 1)) & jnp.isfinite(space.origin)
     nodes = jnp.concatenate([nodes, jnp.where(counts, space.origin, 0.0)[:, None]], axis=1)
     return _weights(space, nodes, jnp.concatenate([known, counts[:, None]], axis=1))[:, :-1]
 
