@@ -239,6 +239,7 @@ def test_a_network_s_error_is_not_taken_for_a_mean(sde):
         (5, 64, 1.9027, 2.0, 1.85, 0.7, 1.0),
         (5, 1024, 5.3817, 2.4159, 2.4045, 0.7, 1.0),
         (3, 1024, 5.3817, 2.4159, 1.85, 0.7, 1.0),
+        (20, 196608, 10.4205, 3.3257, 3.3975, 0.55, 0.85),
     ],
 )
 def test_the_tapered_grid_s_first_and_last_steps_are_shorter(num_steps, event_size, centre, above, below, first, last):
@@ -549,6 +550,38 @@ def test_the_first_steps_integrate_one_power_more_with_a_node_at_infinite_noise(
     np.testing.assert_array_equal(with_node[3:], without[3:])
     space = spaces.residual_space(far, s, fine, coarse)
     np.testing.assert_array_equal(rule(spaces.with_origin(far, space, fine, coarse), order), rule(space, order))
+
+
+@pytest.mark.parametrize("num_steps", [5, 6, 8, 10, 15, 20])
+def test_the_default_is_ahead_of_the_published_ones_in_many_dimensions(num_steps):
+    """Images of 128 x 128 x 3 numbers, whose variances fall as 1/k from the coarsest direction on: the widest is 66 times as wide as all are in the mean."""
+    sde, size, s = sd.VE(sigma_max=50.0), 3 * 128**2, 0.5
+    variance = 1 / np.arange(1, size + 1)
+    variance = jnp.asarray(variance * (s**2 / variance.mean()), jnp.float32)[None]
+
+    def score_fn(x, t):
+        return -x / (variance + sde.sigma(t)[:, None] ** 2)
+
+    init = sde.prior_sample(jax.random.key(0), (2, size))
+    end = init * jnp.sqrt((variance + sde.sigma(sde.t_min) ** 2) / (variance + sde.sigma(sde.t_max) ** 2))
+
+    def error(**options):
+        x = sd.sample_ode(score_fn, sde, jax.random.key(0), init.shape, init=init, denoise=False, num_steps=num_steps, sigma_data=s, **options)
+        return float(jnp.sqrt(jnp.mean((x - end) ** 2)))
+
+    methods = ["dpmpp_2m", "dpmpp_3m", "unipc_2", "unipc_3", "deis_3"]
+    assert error() < min(error(method=m, grid=grid) for m in methods for grid in ("edm", "log_snr"))
+
+
+@pytest.mark.parametrize(("num_steps", "event_size", "same"), [(5, 1000, True), (5, 1001, False), (8, 3072, False), (4, 3072, True), (9, 3072, True)])
+def test_the_near_grid_is_around_the_standard_deviation_where_the_scales_are_out_of_reach(num_steps, event_size, same):
+    sde = sd.VE(sigma_min=0.001, sigma_max=80.0, t_min=1e-6, t_train=1e-6)
+    near, tapered = (sd.time_grid(sde, num_steps, kind, sigma_data=0.5, event_size=event_size) for kind in ("near", "tapered"))
+    assert bool((near == tapered).all()) == same
+    if not same:
+        z = -0.5 * np.asarray(sde.log_snr(near), np.float64) - np.log(3.3 * 0.5)
+        steps = -np.diff(scipy.stats.t.cdf(z / np.where(z > 0, 2.5, 1.85), df=2))
+        np.testing.assert_allclose(steps / steps[1], [0.55, *[1.0] * (num_steps - 1)], rtol=1e-3)
 
 
 @pytest.mark.parametrize("num", [2, 3, 4])

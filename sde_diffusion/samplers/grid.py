@@ -54,8 +54,13 @@ def few(num: int) -> bool:
     return num < 6
 
 
+# The dimensions with which the constants of "tapered" and `adams` grow: up to twice those in which images have been measured.
+MOST = 6144
+
+
 def _tapered_quantiles(sde, t1, s, size, num):
     # Of a method that corrects its steps, and errs most where the data is coarsest: up to its radius, s sqrt(D).
+    size = jnp.minimum(size, MOST)
     early, more = _early(sde, t1, s), jnp.log(jnp.maximum(size / 64, 1.0))
     if few(num):
         fine = 0.2 * max(0, num - 4)
@@ -103,6 +108,19 @@ def _tapered(sde, t0, t1, u, s, size, num=None):
     return _student(sde, t0, t1, _taper(u, _first_less(num), 0.3), s, size, _tapered_quantiles(sde, t1, s, size, num))
 
 
+def out_of_reach(num_steps: int, size):
+    """Whether data of so many dimensions has more scales than so few evaluations, of which the first is at the prior, can follow."""
+    return (5 <= num_steps <= 8) & (size > 1000)
+
+
+def _near(sde, t0, t1, u, s, size):
+    # So few go by the data's standard deviation alone, next to which most of its directions are.
+    early = _early(sde, t1, s)
+    quantiles = _quantiles(jnp.log(3.3 * (1 - 0.28 * early) * s), 2.5, 1.85 + 0.4 * early)
+    fewer = _student(sde, t0, t1, _taper(u, 0.45, 0.3), s, size, quantiles)
+    return jnp.where(out_of_reach(len(u) - 1, size), fewer, _tapered(sde, t0, t1, u, s, size))
+
+
 def _wide(sde, t0, t1, u, s, size):
     # What a network that predicts eps tells at high noise is its own, whose flow has structure at every log-SNR: the more steps, the more even.
     num = len(u) - 1
@@ -127,7 +145,7 @@ def _ahead(sde, t0, t1, u, s, size):
     # Two steps in one, where the method's first evaluation is within its first step.
     num = len(u) - 1
     more = _tapered(sde, t0, t1, jnp.zeros(num + 2, u.dtype), s, size, num)
-    return jnp.where(asks_ahead(0.5 * _ends(sde, t0, t1, s)[0], num, s, size), jnp.delete(more, 1), _tapered(sde, t0, t1, u, s, size))
+    return jnp.where(asks_ahead(0.5 * _ends(sde, t0, t1, s)[0], num, s, size), jnp.delete(more, 1), _near(sde, t0, t1, u, s, size))
 
 
 def within_first(sde: SDE, times: Float[Array, " times"], sigma_data: Number, event_size: int) -> Float[Array, ""]:
@@ -140,7 +158,7 @@ def within_first(sde: SDE, times: Float[Array, " times"], sigma_data: Number, ev
 
 
 # (sde, first time, last time, u in [0, 1], standard deviation of the data, size of an event) -> times.
-GRIDS = {"ahead": _ahead, "tapered": _tapered, "wide": _wide, "student": _student, "uniform": _uniform, "quadratic": _quadratic, "log_snr": _log_snr, "edm": _edm}
+GRIDS = {"ahead": _ahead, "near": _near, "tapered": _tapered, "wide": _wide, "student": _student, "uniform": _uniform, "quadratic": _quadratic, "log_snr": _log_snr, "edm": _edm}
 
 
 def time_grid(
@@ -155,7 +173,10 @@ def time_grid(
       "tapered", for the multistep methods of this project: the same around log(D^(3/8) s / 3) + 0.75 d / N, with scales 1.5 + 0.4 d above and
         1.8 + max(0.1, 0.6 - 5/N) d below (N < 6: around log(0.4 D^(3/8) s), with 2 + 0.15 d and 1.85 + 0.2 max(N - 4, 0) d). Of these quantiles the
         first step covers 0.55 (N < 6: 0.7) of the others' share, the last of N > 10 0.7 + 3/N of it. For an early end as "student".
-      "ahead", the grid of `adams`: "tapered", but 2 to 20 steps from noise are those of one step more without its second time.
+        Beyond 6,144 dimensions nothing changes any more.
+      "near": "tapered", but in more than 1,000 dimensions 5 to 8 steps are around log(3.3 s), with 2.5 above and 1.85 below, whatever D, and the first
+        covers 0.55.
+      "ahead", the grid of `adams`: "near", but 2 to 20 steps from noise are those of "tapered" for one step more without its second time.
       "wide", for networks that predict eps: as "student" around log(0.65 D^(3/8) s), with scales 2.5 + 0.15 N above and 1.8 + 0.09 N below, wherever
         it ends; the first step covers 0.7 of the others' share, the last of N > 6 1/2 + 3/N.
       "edm": uniform in q^(1/7) (arXiv:2206.00364 eq. 5, which k-diffusion calls Karras').

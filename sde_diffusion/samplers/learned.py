@@ -227,7 +227,7 @@ def fit_solver(
     of_default = np.concatenate([_of_each(default(init=x), target) for x, target in zip(*held_out)])
     size = math.prod(shape[1:])
     grid = functools.partial(time_grid, sde, t_end=t_end, sigma_data=sigma_data, event_size=size)
-    starts = [grid(nfe + 1), grid(nfe)] if usual == "adams" else [grid(nfe, METHODS[usual].grid)]
+    starts = [grid(nfe + 1), grid(nfe, "near")] if usual == "adams" else [grid(nfe, METHODS[usual].grid)]
     families = [_Family(sde, nfe, sigma_data, size, times, usual) for times in starts]
     fits = [_descend(family, score_fn, centre, data, held_out, jax.random.fold_in(key, 1), max_updates) for family in families]
     found, trial = [None] * len(fits), _TRIAL * len(fits)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from sde_diffusion.samplers.grid import MAY_ASK_AHEAD, asks_ahead, few, within_first
+from sde_diffusion.samplers.grid import MAY_ASK_AHEAD, MOST, asks_ahead, few, out_of_reach, within_first
 from sde_diffusion.samplers.integrate import integrate
 from sde_diffusion.samplers.linear import Solver, Steps, Table, one_step, register
 from sde_diffusion.samplers.spaces import (
@@ -29,8 +29,8 @@ _MANY = 15
 
 
 def _breadth(steps):
-    """The radius of data of these dimensions over that in 64, at least 1."""
-    return max(1.0, math.sqrt(steps.event_size) / 8)
+    """The radius of data of these dimensions, or of `MOST`, over that in 64, at least 1."""
+    return max(1.0, math.sqrt(min(steps.event_size, MOST)) / 8)
 
 
 def _scales(steps, num=None):
@@ -39,7 +39,7 @@ def _scales(steps, num=None):
     Data has structure from far below its standard deviation s to its radius s sqrt(D), and what is coarsest moves it the furthest. Four or fewer evaluations
     cannot follow that: theirs are next to s, and a polynomial in s / sigma or sigma / s.
     """
-    s, root, wide = steps.sigma_data, math.sqrt(steps.event_size), _breadth(steps)
+    s, root, wide = steps.sigma_data, math.sqrt(min(steps.event_size, MOST)), _breadth(steps)
     num = steps.num if num is None else num
     # Never 0, which would leave nothing of the variable.
     many = min(1.0, max(0.01, (num - 4) / 6))
@@ -50,6 +50,15 @@ def _scales(steps, num=None):
     else:
         linear, far = many, min(1.0, many + 0.3 * math.log(wide))
     return s * wide**linear, s * 0.1**many, s * (0.25 * root) ** far
+
+
+def _near_scales(steps):
+    """As `_scales`, but where the data's scales are out of reach, they begin next to its standard deviation, and every further evaluation takes them apart."""
+    if not out_of_reach(steps.num, steps.event_size):
+        return _scales(steps)
+    s, apart = steps.sigma_data, 0.65 * (steps.num - 5)
+    fine, more = 2.1 * math.exp(-apart) * s, 2.1 * math.exp(apart) * s
+    return 1.9 * math.exp(-0.25 * apart) * s, fine, fine + more
 
 
 def _adams(steps, order):
@@ -73,7 +82,7 @@ def _between_orders(steps, scales, corrected=True, many=False, origin=False):
 
 def from_the_prior(steps: Steps) -> Table:
     """The rule of `adams` with an evaluation at the first time, as in many steps."""
-    scales = _scales(steps)
+    scales = _near_scales(steps)
     return centred(steps, _between_orders(steps, scales, many=steps.num >= _MANY, origin=True), scales[0])
 
 
@@ -105,7 +114,8 @@ def adams(steps: Steps) -> Table:
     """The default, for any number of evaluations: as adams_4, with a predictor between two orders.
 
     It is told the data's standard deviation s and the dimensions D, as the grid is: up to 4 evaluations go by little but s, 10 and more by the radius s sqrt(D) too,
-    whose coarse scale comes earlier in more than 64 dimensions (`spaces.residual_space`; exact for N(0, s^2 I) up to 64 dimensions). It predicts by three quarters
+    whose coarse scale comes earlier in more than 64 dimensions (`spaces.residual_space`; exact for N(0, s^2 I) up to 64 dimensions). Of more than 1,000 dimensions
+    5 to 8 evaluations from the prior cannot follow all scales, and go by s; beyond 6,144 dimensions nothing grows any further. It predicts by three quarters
     of Adams-Bashforth of order 4 and one of order 3: networks are less smooth than exact scores, and high orders amplify that. The last three steps are of orders
     2 and 1 below 15 evaluations; from there on the last two are of order 2 alone, the two before of orders 3 and 2: they are long beside the finest structure of
     the data, and the network's own error outweighs what higher orders gain. The order, 3, is that of what the last step, which is not corrected, leaves in many steps.
@@ -373,7 +383,7 @@ def sample_ode(
         score function says that its network predicts eps or the score (`as_score`), else "adams".
       num_steps: steps of the grid, 18 by default. Evaluations: num_steps times those of a step, and one more for
         `denoise`.
-      grid: "ahead" (the default of adams), "wide" (of adams_eps), "tapered" (of adams_2 to 4), "student" (of most others), "edm", "log_snr", "uniform" or "quadratic"
+      grid: "ahead" (the default of adams), "near" (the same, from little noise in any case), "wide" (of adams_eps), "tapered" (of adams_2 to 4), "student" (of most others), "edm", "log_snr", "uniform" or "quadratic"
         (see `time_grid`), or an array of decreasing times, which replaces num_steps and t_end and does not recompile when its values
         change.
       t_end: where the grid stops, in [t_train, t_max); `sde.t_min` by default.
