@@ -1,6 +1,6 @@
 """Every solver's error over its number of network evaluations, on problems whose solutions are known.
 
-    python -m experiments.solvers [--bench=FOLDER] [--out=FOLDER] [--learned] [--mixtures=N] [--fields=N] [--first=100] [--plane] [--images] [--states=256]
+    python -m experiments.solvers [--bench=FOLDER] [--out=FOLDER] [--learned] [--mixtures=N] [--fields=N] [--first=100] [--plane] [--images] [--large] [--states=256]
 
 The main problem is a 10-component Gaussian mixture in 64 dimensions, fitted to the handwritten digits, under VE noise from 80 to
 0.002; the error is the root-mean-square distance of the end points to those of the exact flow. With --bench the mixture, the
@@ -38,11 +38,11 @@ SIGMA_MAX, SIGMA_MIN = 80.0, 0.002
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """A mixture, start states `(B, D)` of its probability-flow ODE, and their exact end points."""
+    """A distribution, start states `(B, D)` of its probability-flow ODE, and their exact end points."""
 
     name: str
     sde: sd.SDE
-    mixture: sd.GaussianMixture
+    mixture: "sd.GaussianMixture | Independent"
     start: np.ndarray
     end: np.ndarray
 
@@ -154,6 +154,34 @@ def clusters_in_the_plane(num: int = 256):
         k, dim = means.shape
         start = np.asarray(sde.prior_sample(jax.random.key(0), (num, dim)), np.float64)
         yield solve(f"{name}, {type(sde).__name__}", sde, np.full(k, 1 / k), means, np.tile(deviation**2 * np.eye(dim), (k, 1, 1)), start)
+
+
+@dataclasses.dataclass(frozen=True)
+class Independent:
+    """A Gaussian of mean 0, each of whose numbers has a variance of its own, `(D,)`."""
+
+    variance: np.ndarray
+
+    def score_fn(self, sde):
+        def x0(x, t):
+            alpha, sigma = sde.alpha(t)[:, None], sde.sigma(t)[:, None]
+            return alpha * self.variance / (alpha**2 * self.variance + sigma**2) * x
+
+        return sd.as_score(x0, sde, prediction="x0", sigma_data=float(np.sqrt(self.variance.mean())))
+
+    def end(self, sde, start):
+        """Where the probability-flow ODE takes these states."""
+        first, last = (float(sde.alpha(t)) ** 2 * self.variance + float(sde.sigma(t)) ** 2 for t in (sde.t_max, sde.t_min))
+        return start * np.sqrt(last / first)
+
+
+def large(num: int = 4):
+    """Problems of `num` states: Gaussians in the dimensions of large images, whose variances fall as a power of their rank, as those of photographs do."""
+    for size, power, sde in itertools.product((64, 128, 256), (1.0, 1.5), (sd.VE(), sd.VP())):
+        variance = np.arange(1.0, 3 * size**2 + 1) ** -power
+        gaussian = Independent((0.25 / variance.mean() * variance).astype(np.float32))
+        start = np.asarray(sde.prior_sample(jax.random.key(0), (num, 3 * size**2)), np.float64)
+        yield Problem(f"{size}x{size}x3, {power:g}, {type(sde).__name__}", sde, gaussian, start, gaussian.end(sde, start))
 
 
 def images(num: int = 64):
@@ -342,9 +370,10 @@ def main():
     parser.add_argument("--plane", action="store_true", help="also clusters in one and two dimensions; needs the extra bench")
     parser.add_argument("--states", type=int, default=256, help="of each of these mixtures; a few of them, near the divide of far clusters, rule its error")
     parser.add_argument("--images", action="store_true", help="also mixtures fitted to MNIST and CIFAR-10, which are read by TensorFlow Datasets; needs the extra bench")
+    parser.add_argument("--large", action="store_true", help="also Gaussians in the dimensions of large images; needs the extra bench")
     options = parser.parse_args()
-    if (options.mixtures > 0 or options.fields > 0 or options.plane or options.images) and importlib.util.find_spec("diffusers") is None:
-        parser.error("--mixtures, --fields, --plane and --images compare with diffusers, which is not installed: pip install -e '.[bench]'")
+    if (options.mixtures > 0 or options.fields > 0 or options.plane or options.images or options.large) and importlib.util.find_spec("diffusers") is None:
+        parser.error("--mixtures, --fields, --plane, --images and --large compare with diffusers, which is not installed: pip install -e '.[bench]'")
     if options.images:
         try:  # before the minutes that the others take
             for name in ("cifar10", "mnist"):
@@ -382,6 +411,7 @@ def main():
         unseen |= generality(fields, options.learned)
     unseen |= generality(clusters_in_the_plane(options.states), options.learned) if options.plane else {}
     unseen |= generality(images(min(options.states, 64)), options.learned) if options.images else {}
+    unseen |= generality(large(), False) if options.large else {}
     options.out.mkdir(parents=True, exist_ok=True)
     figures = {"problem": problem.name, "jax": jax.__version__, "ode": table, "diffusers": others, "sde": variances, "learned": fits, "mixtures": unseen}
     (options.out / "solvers.json").write_text(json.dumps(figures, indent=1) + "\n")

@@ -54,13 +54,14 @@ def few(num: int) -> bool:
     return num < 6
 
 
-# The dimensions with which the constants of "tapered" and `adams` grow: up to twice those in which images have been measured.
-MOST = 6144
+def most(num: int) -> int:
+    """The dimensions up to which the constants of "tapered" and `adams` grow: those in which images have been measured, and twice as many in more than 10 evaluations."""
+    return 3072 if num <= 10 else 6144
 
 
 def _tapered_quantiles(sde, t1, s, size, num):
     # Of a method that corrects its steps, and errs most where the data is coarsest: up to its radius, s sqrt(D).
-    size = jnp.minimum(size, MOST)
+    size = jnp.minimum(size, most(num))
     early, more = _early(sde, t1, s), jnp.log(jnp.maximum(size / 64, 1.0))
     if few(num):
         fine = 0.2 * max(0, num - 4)
@@ -173,7 +174,7 @@ def time_grid(
       "tapered", for the multistep methods of this project: the same around log(D^(3/8) s / 3) + 0.75 d / N, with scales 1.5 + 0.4 d above and
         1.8 + max(0.1, 0.6 - 5/N) d below (N < 6: around log(0.4 D^(3/8) s), with 2 + 0.15 d and 1.85 + 0.2 max(N - 4, 0) d). Of these quantiles the
         first step covers 0.55 (N < 6: 0.7) of the others' share, the last of N > 10 0.7 + 3/N of it. For an early end as "student".
-        Beyond 6,144 dimensions nothing changes any more.
+        Beyond 3,072 dimensions (N > 10: 6,144) nothing changes any more.
       "near": "tapered", but in more than 1,000 dimensions 5 to 8 steps are around log(3.3 s), with 2.5 above and 1.85 below, whatever D, and the first
         covers 0.55.
       "ahead", the grid of `adams`: "near", but 2 to 20 steps from noise are those of "tapered" for one step more without its second time.

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from sde_diffusion.samplers.grid import MAY_ASK_AHEAD, MOST, asks_ahead, few, out_of_reach, within_first
+from sde_diffusion.samplers.grid import MAY_ASK_AHEAD, asks_ahead, few, most, out_of_reach, within_first
 from sde_diffusion.samplers.integrate import integrate
 from sde_diffusion.samplers.linear import Solver, Steps, Table, one_step, register
 from sde_diffusion.samplers.spaces import (
@@ -28,9 +28,9 @@ _ADAMS = dict(evaluations=1, grid="tapered")
 _MANY = 15
 
 
-def _breadth(steps):
-    """The radius of data of these dimensions, or of `MOST`, over that in 64, at least 1."""
-    return max(1.0, math.sqrt(min(steps.event_size, MOST)) / 8)
+def _radius(steps, num):
+    """The radius of data of these dimensions, of standard deviation 1, as far as `num` evaluations go by it."""
+    return math.sqrt(min(steps.event_size, most(num)))
 
 
 def _scales(steps, num=None):
@@ -39,8 +39,9 @@ def _scales(steps, num=None):
     Data has structure from far below its standard deviation s to its radius s sqrt(D), and what is coarsest moves it the furthest. Four or fewer evaluations
     cannot follow that: theirs are next to s, and a polynomial in s / sigma or sigma / s.
     """
-    s, root, wide = steps.sigma_data, math.sqrt(min(steps.event_size, MOST)), _breadth(steps)
     num = steps.num if num is None else num
+    s, root = steps.sigma_data, _radius(steps, num)
+    wide = max(1.0, root / 8)  # over that in 64 dimensions
     # Never 0, which would leave nothing of the variable.
     many = min(1.0, max(0.01, (num - 4) / 6))
     # In more dimensions the coarsest directions are most of the error. In few evaluations, whose grid goes further out, the linear part follows; else the
@@ -115,7 +116,7 @@ def adams(steps: Steps) -> Table:
 
     It is told the data's standard deviation s and the dimensions D, as the grid is: up to 4 evaluations go by little but s, 10 and more by the radius s sqrt(D) too,
     whose coarse scale comes earlier in more than 64 dimensions (`spaces.residual_space`; exact for N(0, s^2 I) up to 64 dimensions). Of more than 1,000 dimensions
-    5 to 8 evaluations from the prior cannot follow all scales, and go by s; beyond 6,144 dimensions nothing grows any further. It predicts by three quarters
+    5 to 8 evaluations from the prior cannot follow all scales, and go by s; beyond 3,072, or 6,144 for more than 10 evaluations, nothing grows any further. It predicts by three quarters
     of Adams-Bashforth of order 4 and one of order 3: networks are less smooth than exact scores, and high orders amplify that. The last three steps are of orders
     2 and 1 below 15 evaluations; from there on the last two are of order 2 alone, the two before of orders 3 and 2: they are long beside the finest structure of
     the data, and the network's own error outweighs what higher orders gain. The order, 3, is that of what the last step, which is not corrected, leaves in many steps.
@@ -141,7 +142,7 @@ def adams_eps(steps: Steps) -> Table:
     over log-SNR (in few steps by polynomials that end between the scales of the data, as those of adams), on a grid that is the more even the more
     steps it has. Two steps are too long to correct the first. For an exact eps, adams is closer.
     """
-    s, wide = steps.sigma_data, 1.0 if few(steps.num) else _breadth(steps) ** 0.4
+    s, wide = steps.sigma_data, 1.0 if few(steps.num) else max(1.0, _radius(steps, steps.num) / 8) ** 0.4
     scale = min(3.0, max(1.0, 0.5 * steps.num - 1)) * wide * s
     decades = min(6.0, max(0.01, max(0, steps.num - 4) ** 2 / 8))  # below and above s
     return _between_orders(steps, (scale, s * 0.1**decades, s * 10.0**decades), corrected=steps.num > 2)
