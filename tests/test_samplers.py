@@ -535,7 +535,7 @@ def ddim_but(**columns):
         (lambda: check_shape(jax.random.key(0)), ["shape=", "(batch, *event)"]),
         (lambda: inspect.unwrap(check_process)(None, sd.VP), ["sde=<class", "an SDE, as sd.VP()"]),
         (lambda: inspect.unwrap(check_process)(None, jnp.ones(2)), ["must be an SDE", "score_fn, sde, key"]),
-        (vp_call(grid="cosine"), ["grid 'cosine'", "ahead, edm, log_snr, quadratic, student, tapered, uniform, wide"]),
+        (vp_call(grid="cosine"), ["grid 'cosine'", "ahead, edm, log_snr, near, quadratic, student, tapered, uniform, wide"]),
         (vp_call(num_steps=0), ["num_steps=0", "at least 1"]),
         (vp_call(t_end=0.0), ["t_end=0.0", "t_train=1e-05", "t_max=1.0", "t_min=0.001"]),
         (vp_call(t_end=1.0), ["t_end=1.0", "VP"]),
