@@ -174,8 +174,8 @@ def time_grid(
       "tapered", for the multistep methods of this project: the same around log(D^(3/8) s / 3) + 0.75 d / N, with scales 1.5 + 0.4 d above and
         1.8 + max(0.1, 0.6 - 5/N) d below (N < 6: around log(0.4 D^(3/8) s), with 2 + 0.15 d and 1.85 + 0.2 max(N - 4, 0) d). Of these quantiles the
         first step covers 0.55 (N < 6: 0.7) of the others' share, the last of N > 10 0.7 + 3/N of it. For an early end as "student".
-        Beyond 3,072 dimensions (N > 10: 6,144) nothing changes any more.
-      "near": "tapered", but in more than 1,000 dimensions 5 to 8 steps are around log(3.3 s), with 2.5 above and 1.85 below, whatever D, and the first
+        Beyond D = 3,072 (N > 10: 6,144) nothing changes any more.
+      "near": "tapered", but 5 to 8 steps in more than 1,000 dimensions are around log(3.3 s), with 2.5 above and 1.85 below, whatever D, and the first
         covers 0.55.
       "ahead", the grid of `adams`: "near", but 2 to 20 steps from noise are those of "tapered" for one step more without its second time.
       "wide", for networks that predict eps: as "student" around log(0.65 D^(3/8) s), with scales 2.5 + 0.15 N above and 1.8 + 0.09 N below, wherever

@@ -116,8 +116,8 @@ def adams(steps: Steps) -> Table:
 
     It is told the data's standard deviation s and the dimensions D, as the grid is: up to 4 evaluations go by little but s, 10 and more by the radius s sqrt(D) too,
     whose coarse scale comes earlier in more than 64 dimensions (`spaces.residual_space`; exact for N(0, s^2 I) up to 64 dimensions). Of more than 1,000 dimensions
-    5 to 8 evaluations from the prior cannot follow all scales, and go by s; beyond 3,072, or 6,144 for more than 10 evaluations, nothing grows any further. It predicts by three quarters
-    of Adams-Bashforth of order 4 and one of order 3: networks are less smooth than exact scores, and high orders amplify that. The last three steps are of orders
+    5 to 8 evaluations from the prior cannot follow all scales, and go by s; beyond 3,072, or 6,144 for more than 10 evaluations, nothing grows any further. It predicts by
+    three quarters of Adams-Bashforth of order 4 and one of order 3: networks are less smooth than exact scores, and high orders amplify that. The last three steps are of orders
     2 and 1 below 15 evaluations; from there on the last two are of order 2 alone, the two before of orders 3 and 2: they are long beside the finest structure of
     the data, and the network's own error outweighs what higher orders gain. The order, 3, is that of what the last step, which is not corrected, leaves in many steps.
     In 2 to 20 steps from noise, for up to 64 dimensions sigma > 14 alpha s in up to 8 steps and 140 alpha s in 20, the first evaluation is within the first step instead of at
@@ -384,8 +384,8 @@ def sample_ode(
         score function says that its network predicts eps or the score (`as_score`), else "adams".
       num_steps: steps of the grid, 18 by default. Evaluations: num_steps times those of a step, and one more for
         `denoise`.
-      grid: "ahead" (the default of adams), "near" (the same, from little noise in any case), "wide" (of adams_eps), "tapered" (of adams_2 to 4), "student" (of most others), "edm", "log_snr", "uniform" or "quadratic"
-        (see `time_grid`), or an array of decreasing times, which replaces num_steps and t_end and does not recompile when its values
+      grid: "ahead" (the default of adams), "near" (the same with the first evaluation at the prior), "wide" (of adams_eps), "tapered" (of adams_2 to 4), "student" (of
+        most others), "edm", "log_snr", "uniform" or "quadratic" (see `time_grid`), or an array of decreasing times, which replaces num_steps and t_end and does not recompile when its values
         change.
       t_end: where the grid stops, in [t_train, t_max); `sde.t_min` by default.
       init: the state at the first time `(B, *event)` instead of a prior draw.
