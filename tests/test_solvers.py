@@ -552,18 +552,25 @@ def test_the_first_steps_integrate_one_power_more_with_a_node_at_infinite_noise(
     np.testing.assert_array_equal(rule(spaces.with_origin(far, space, fine, coarse), order), rule(space, order))
 
 
-@pytest.mark.parametrize("num_steps", [5, 6, 8, 10, 15, 20])
-def test_the_default_is_ahead_of_the_published_ones_in_many_dimensions(num_steps):
-    """Images of 128 x 128 x 3 numbers, whose variances fall as 1/k from the coarsest direction on: the widest is 66 times as wide as all are in the mean."""
-    sde, size, s = sd.VE(sigma_max=50.0), 3 * 128**2, 0.5
-    variance = 1 / np.arange(1, size + 1)
+@pytest.mark.parametrize(
+    ("process", "size", "power", "num_steps"),
+    [*(("ve", 3 * 128**2, 1.0, n) for n in (5, 6, 8, 10, 15, 20)), ("vp", 3 * 64**2, 1.5, 8), ("vp", 3 * 64**2, 1.5, 10)],
+)
+def test_the_default_is_ahead_of_the_published_ones_in_many_dimensions(process, size, power, num_steps):
+    """Images, whose variances fall as a power of their rank: 128 x 128 x 3 numbers, of which the widest is 66 times as wide as all are in the mean, and 64 x 64 x 3, 69 times."""
+    sde, s = {"ve": sd.VE(sigma_max=50.0), "vp": sd.VP()}[process], 0.5
+    variance = np.arange(1, size + 1) ** -power
     variance = jnp.asarray(variance * (s**2 / variance.mean()), jnp.float32)[None]
 
     def score_fn(x, t):
-        return -x / (variance + sde.sigma(t)[:, None] ** 2)
+        alpha, sigma = sde.alpha(t)[:, None], sde.sigma(t)[:, None]
+        return -x / (alpha**2 * variance + sigma**2)
+
+    def deviation(t):
+        return jnp.sqrt(sde.alpha(t) ** 2 * variance + sde.sigma(t) ** 2)
 
     init = sde.prior_sample(jax.random.key(0), (2, size))
-    end = init * jnp.sqrt((variance + sde.sigma(sde.t_min) ** 2) / (variance + sde.sigma(sde.t_max) ** 2))
+    end = init * deviation(sde.t_min) / deviation(sde.t_max)
 
     def error(**options):
         x = sd.sample_ode(score_fn, sde, jax.random.key(0), init.shape, init=init, denoise=False, num_steps=num_steps, sigma_data=s, **options)
@@ -579,8 +586,8 @@ def test_the_near_grid_is_around_the_standard_deviation_where_the_scales_are_out
     near, tapered = (sd.time_grid(sde, num_steps, kind, sigma_data=0.5, event_size=event_size) for kind in ("near", "tapered"))
     assert bool((near == tapered).all()) == same
     if not same:
-        z = -0.5 * np.asarray(sde.log_snr(near), np.float64) - np.log(3.3 * 0.5)
-        steps = -np.diff(scipy.stats.t.cdf(z / np.where(z > 0, 2.5, 1.85), df=2))
+        z = -0.5 * np.asarray(sde.log_snr(near), np.float64) - np.log(2.8 * 0.5) - (num_steps - 5) / 8
+        steps = -np.diff(scipy.stats.t.cdf(z / np.where(z > 0, 3 + 0.15 * (num_steps - 5), 1.55), df=2))
         np.testing.assert_allclose(steps / steps[1], [0.55, *[1.0] * (num_steps - 1)], rtol=1e-3)
 
 

@@ -1,6 +1,7 @@
 """Time grids: decreasing arrays of times, from the prior to where sampling stops."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -54,14 +55,13 @@ def few(num: int) -> bool:
     return num < 6
 
 
-def most(num: int) -> int:
-    """The dimensions up to which the constants of "tapered" and `adams` grow: those in which images have been measured, and twice as many in more than 10 evaluations."""
-    return 3072 if num <= 10 else 6144
+# The dimensions up to which the centre and the widths of "tapered", and the linear part of `adams`, grow: those in which images have been measured.
+MOST = 3072
 
 
 def _tapered_quantiles(sde, t1, s, size, num):
     # Of a method that corrects its steps, and errs most where the data is coarsest: up to its radius, s sqrt(D).
-    size = jnp.minimum(size, most(num))
+    size = jnp.minimum(size, MOST if num <= 10 else 2 * MOST)
     early, more = _early(sde, t1, s), jnp.log(jnp.maximum(size / 64, 1.0))
     if few(num):
         fine = 0.2 * max(0, num - 4)
@@ -114,12 +114,17 @@ def out_of_reach(num_steps: int, size):
     return (5 <= num_steps <= 8) & (size > 1000)
 
 
+def reach(num_steps: int) -> float:
+    """How far from the data's standard deviation these few go, beside 5 of them."""
+    return math.exp(0.25 * (num_steps - 5))
+
+
 def _near(sde, t0, t1, u, s, size):
     # So few go by the data's standard deviation alone, next to which most of its directions are.
-    early = _early(sde, t1, s)
-    quantiles = _quantiles(jnp.log(3.3 * (1 - 0.28 * early) * s), 2.5, 1.85 + 0.4 * early)
+    num, early = len(u) - 1, _early(sde, t1, s)
+    quantiles = _quantiles(jnp.log(2.8 * reach(num) ** 0.5 * (1 - 0.28 * early) * s), 3 + 0.15 * (num - 5), 1.55 + 0.4 * early)
     fewer = _student(sde, t0, t1, _taper(u, 0.45, 0.3), s, size, quantiles)
-    return jnp.where(out_of_reach(len(u) - 1, size), fewer, _tapered(sde, t0, t1, u, s, size))
+    return jnp.where(out_of_reach(num, size), fewer, _tapered(sde, t0, t1, u, s, size))
 
 
 def _wide(sde, t0, t1, u, s, size):
@@ -136,10 +141,13 @@ def asks_ahead(half_log_snr, num_steps: int, s, size):
     """Whether `adams`, and its grid, leave the first time without an evaluation: in 2 to 20 steps, where these start in noise.
 
     What that costs goes by (alpha / sigma)^2 there times the largest variance of the data, which grows with its dimensions, whatever the number of steps, of
-    which more ask for less.
+    which more ask for less. In more than 3,072 dimensions 6 to 8 steps never do: the evaluation at the prior gains them more.
     """
+    if num_steps not in MAY_ASK_AHEAD:
+        return False
     noise = jnp.exp(-jnp.maximum(half_log_snr, 0.5 * lowest_log_snr(s)))
-    return num_steps in MAY_ASK_AHEAD and noise > 1.75 * jnp.maximum(8.0, size**0.5) * max(1.0, num_steps / 8) ** 2.5 * s
+    enough = noise > 1.75 * jnp.maximum(8.0, size**0.5) * max(1.0, num_steps / 8) ** 2.5 * s
+    return enough & ((size <= MOST) | (num_steps not in range(6, 9)))
 
 
 def _ahead(sde, t0, t1, u, s, size):
@@ -175,9 +183,9 @@ def time_grid(
         1.8 + max(0.1, 0.6 - 5/N) d below (N < 6: around log(0.4 D^(3/8) s), with 2 + 0.15 d and 1.85 + 0.2 max(N - 4, 0) d). Of these quantiles the
         first step covers 0.55 (N < 6: 0.7) of the others' share, the last of N > 10 0.7 + 3/N of it. For an early end as "student".
         Beyond D = 3,072 (N > 10: 6,144) nothing changes any more.
-      "near": "tapered", but 5 to 8 steps in more than 1,000 dimensions are around log(3.3 s), with 2.5 above and 1.85 below, whatever D, and the first
-        covers 0.55.
-      "ahead", the grid of `adams`: "near", but 2 to 20 steps from noise are those of "tapered" for one step more without its second time.
+      "near": "tapered", but 5 to 8 steps in more than 1,000 dimensions are around log(2.8 s) + (N - 5)/8, with 3 + 0.15 (N - 5) above and 1.55 below, whatever D,
+        and the first covers 0.55.
+      "ahead", the grid of `adams`: "near", but 2 to 20 steps from noise (`asks_ahead`) are those of "tapered" for one step more without its second time.
       "wide", for networks that predict eps: as "student" around log(0.65 D^(3/8) s), with scales 2.5 + 0.15 N above and 1.8 + 0.09 N below, wherever
         it ends; the first step covers 0.7 of the others' share, the last of N > 6 1/2 + 3/N.
       "edm": uniform in q^(1/7) (arXiv:2206.00364 eq. 5, which k-diffusion calls Karras').

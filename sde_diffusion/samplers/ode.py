@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from sde_diffusion.samplers.grid import MAY_ASK_AHEAD, asks_ahead, few, most, out_of_reach, within_first
+from sde_diffusion.samplers.grid import MAY_ASK_AHEAD, MOST, asks_ahead, few, out_of_reach, reach, within_first
 from sde_diffusion.samplers.integrate import integrate
 from sde_diffusion.samplers.linear import Solver, Steps, Table, one_step, register
 from sde_diffusion.samplers.spaces import (
@@ -28,9 +28,9 @@ _ADAMS = dict(evaluations=1, grid="tapered")
 _MANY = 15
 
 
-def _radius(steps, num):
-    """The radius of data of these dimensions, of standard deviation 1, as far as `num` evaluations go by it."""
-    return math.sqrt(min(steps.event_size, most(num)))
+def _relative_radius(size):
+    """The radius of data of these dimensions over that in 64, at least 1."""
+    return max(1.0, math.sqrt(size) / 8)
 
 
 def _scales(steps, num=None):
@@ -40,26 +40,25 @@ def _scales(steps, num=None):
     cannot follow that: theirs are next to s, and a polynomial in s / sigma or sigma / s.
     """
     num = steps.num if num is None else num
-    s, root = steps.sigma_data, _radius(steps, num)
-    wide = max(1.0, root / 8)  # over that in 64 dimensions
+    s, size = steps.sigma_data, steps.event_size
     # Never 0, which would leave nothing of the variable.
     many = min(1.0, max(0.01, (num - 4) / 6))
     # In more dimensions the coarsest directions are most of the error. In few evaluations, whose grid goes further out, the linear part follows; else the
     # coarse scale comes earlier. Beyond that of ten evaluations, mixtures fitted to images lose a tenth.
     if few(num):
-        linear, far = min(1.0, many + 0.08 * math.log(wide)), many
+        linear, far = min(1.0, many + 0.08 * math.log(_relative_radius(min(size, MOST)))), many
     else:
-        linear, far = many, min(1.0, many + 0.3 * math.log(wide))
-    return s * wide**linear, s * 0.1**many, s * (0.25 * root) ** far
+        linear, far = many, min(1.0, many + 0.3 * math.log(_relative_radius(size)))
+    return s * _relative_radius(min(size, MOST)) ** linear, s * 0.1**many, s * (0.25 * math.sqrt(size)) ** far
 
 
 def _near_scales(steps):
-    """As `_scales`, but where the data's scales are out of reach, they begin next to its standard deviation, and every further evaluation takes them apart."""
+    """As `_scales`, but where the data's scales are out of reach, they begin above its standard deviation, and every further evaluation takes them apart."""
     if not out_of_reach(steps.num, steps.event_size):
         return _scales(steps)
-    s, apart = steps.sigma_data, 0.65 * (steps.num - 5)
-    fine, more = 2.1 * math.exp(-apart) * s, 2.1 * math.exp(apart) * s
-    return 1.9 * math.exp(-0.25 * apart) * s, fine, fine + more
+    s, further = steps.sigma_data, reach(steps.num)
+    fine = 2.5 * s / further**0.5
+    return 1.8 * further * s, fine, fine + 2 * further**3 * s
 
 
 def _adams(steps, order):
@@ -116,11 +115,11 @@ def adams(steps: Steps) -> Table:
 
     It is told the data's standard deviation s and the dimensions D, as the grid is: up to 4 evaluations go by little but s, 10 and more by the radius s sqrt(D) too,
     whose coarse scale comes earlier in more than 64 dimensions (`spaces.residual_space`; exact for N(0, s^2 I) up to 64 dimensions). Of more than 1,000 dimensions
-    5 to 8 evaluations from the prior cannot follow all scales, and go by s; beyond 3,072, or 6,144 for more than 10 evaluations, nothing grows any further. It predicts by
+    5 to 8 evaluations from the prior cannot follow all scales, and go by s; beyond 3,072 (the grid of more than 10 evaluations: 6,144) only the coarse scale grows. It predicts by
     three quarters of Adams-Bashforth of order 4 and one of order 3: networks are less smooth than exact scores, and high orders amplify that. The last three steps are of orders
     2 and 1 below 15 evaluations; from there on the last two are of order 2 alone, the two before of orders 3 and 2: they are long beside the finest structure of
     the data, and the network's own error outweighs what higher orders gain. The order, 3, is that of what the last step, which is not corrected, leaves in many steps.
-    In 2 to 20 steps from noise, for up to 64 dimensions sigma > 14 alpha s in up to 8 steps and 140 alpha s in 20, the first evaluation is within the first step instead of at
+    In 2 to 20 steps from noise, for up to 64 dimensions sigma > 14 alpha s in up to 8 steps and 140 alpha s in 20 (`grid.asks_ahead`), the first evaluation is within the first step instead of at
     its beginning, where it would tell the mean of the data and little else (`spaces.ahead`). Else, from within ten times the data's radius, the first three steps, but
     for the last of all, count infinite noise as a node (`spaces.with_origin`).
     """
@@ -142,7 +141,7 @@ def adams_eps(steps: Steps) -> Table:
     over log-SNR (in few steps by polynomials that end between the scales of the data, as those of adams), on a grid that is the more even the more
     steps it has. Two steps are too long to correct the first. For an exact eps, adams is closer.
     """
-    s, wide = steps.sigma_data, 1.0 if few(steps.num) else max(1.0, _radius(steps, steps.num) / 8) ** 0.4
+    s, wide = steps.sigma_data, 1.0 if few(steps.num) else _relative_radius(min(steps.event_size, MOST)) ** 0.4
     scale = min(3.0, max(1.0, 0.5 * steps.num - 1)) * wide * s
     decades = min(6.0, max(0.01, max(0, steps.num - 4) ** 2 / 8))  # below and above s
     return _between_orders(steps, (scale, s * 0.1**decades, s * 10.0**decades), corrected=steps.num > 2)
