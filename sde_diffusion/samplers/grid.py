@@ -55,7 +55,7 @@ def few(num: int) -> bool:
     return num < 6
 
 
-# The dimensions up to which the centre and the widths of "tapered", and the linear part of `adams`, grow: those in which images have been measured.
+# The dimensions in which images have been measured: the linear part of `adams` grows no further, nor "tapered", but up to twice as many in more than 10 steps.
 MOST = 3072
 
 
@@ -111,7 +111,7 @@ def _tapered(sde, t0, t1, u, s, size, num=None):
 
 def out_of_reach(num_steps: int, size):
     """Whether data of so many dimensions has more scales than so few evaluations, of which the first is at the prior, can follow."""
-    return (5 <= num_steps <= 8) & (size > 1000)
+    return (num_steps in range(5, 9)) & (size > 1000)
 
 
 def reach(num_steps: int) -> float:
@@ -120,11 +120,14 @@ def reach(num_steps: int) -> float:
 
 
 def _near(sde, t0, t1, u, s, size):
-    # So few go by the data's standard deviation alone, next to which most of its directions are.
-    num, early = len(u) - 1, _early(sde, t1, s)
+    num, tapered = len(u) - 1, _tapered(sde, t0, t1, u, s, size)
+    if not out_of_reach(num, math.inf):
+        return tapered
+    # So few go by the data's standard deviation, not by its radius.
+    early = _early(sde, t1, s)
     quantiles = _quantiles(jnp.log(2.8 * reach(num) ** 0.5 * (1 - 0.28 * early) * s), 3 + 0.15 * (num - 5), 1.55 + 0.4 * early)
     fewer = _student(sde, t0, t1, _taper(u, 0.45, 0.3), s, size, quantiles)
-    return jnp.where(out_of_reach(num, size), fewer, _tapered(sde, t0, t1, u, s, size))
+    return jnp.where(out_of_reach(num, size), fewer, tapered)
 
 
 def _wide(sde, t0, t1, u, s, size):
@@ -194,6 +197,7 @@ def time_grid(
     Those that go by q begin at a lambda of -20 at the lowest (less 2 log s where that is above 1), where nothing is left of the data; t_max takes
     the place of that time.
     sigma_data: the standard deviation of the data. event_size: how many numbers an event holds: its radius grows with the root of that.
+    Give it for an array that `sample_ode` shall have: `adams` goes by the size of what it samples.
 
     Raises:
       ValueError: unknown kind, num_steps < 1, sigma_data not positive, event_size < 1, t_end outside [t_train, t_max), or times so close that they
