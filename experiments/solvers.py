@@ -370,7 +370,7 @@ def main():
     parser.add_argument("--plane", action="store_true", help="also clusters in one and two dimensions; needs the extra bench")
     parser.add_argument("--states", type=int, default=256, help="of each of these mixtures; a few of them, near the divide of far clusters, rule its error")
     parser.add_argument("--images", action="store_true", help="also mixtures fitted to MNIST and CIFAR-10, which are read by TensorFlow Datasets; needs the extra bench")
-    parser.add_argument("--large", action="store_true", help="also Gaussians in the dimensions of large images; needs the extra bench")
+    parser.add_argument("--large", action="store_true", help="also Gaussians in the dimensions of large images, without fits; needs the extra bench")
     options = parser.parse_args()
     if (options.mixtures > 0 or options.fields > 0 or options.plane or options.images or options.large) and importlib.util.find_spec("diffusers") is None:
         parser.error("--mixtures, --fields, --plane, --images and --large compare with diffusers, which is not installed: pip install -e '.[bench]'")

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from sde_diffusion.samplers.grid import MAY_ASK_AHEAD, MOST, asks_ahead, few, out_of_reach, reach, within_first
+from sde_diffusion.samplers.grid import MOST, asks_ahead, few, may_ask_ahead, out_of_reach, reach, within_first
 from sde_diffusion.samplers.integrate import integrate
 from sde_diffusion.samplers.linear import Solver, Steps, Table, one_step, register
 from sde_diffusion.samplers.spaces import (
@@ -115,15 +115,18 @@ def adams(steps: Steps) -> Table:
 
     It is told the data's standard deviation s and the dimensions D, as the grid is: up to 4 evaluations go by little but s, 10 and more by the radius s sqrt(D) too,
     whose coarse scale comes earlier in more than 64 dimensions (`spaces.residual_space`; exact for N(0, s^2 I) up to 64 dimensions). Of more than 1,000 dimensions
-    5 to 8 evaluations from the prior cannot follow all scales, and go by s; beyond 3,072 (the grid of more than 10 evaluations: 6,144) of grid and scales only the coarse scale grows. It predicts by
-    three quarters of Adams-Bashforth of order 4 and one of order 3: networks are less smooth than exact scores, and high orders amplify that. The last three steps are of orders
-    2 and 1 below 15 evaluations; from there on the last two are of order 2 alone, the two before of orders 3 and 2: they are long beside the finest structure of
-    the data, and the network's own error outweighs what higher orders gain. The order, 3, is that of what the last step, which is not corrected, leaves in many steps.
-    In 2 to 20 steps (but 6 to 8 in more than 3,072 dimensions) from noise, for up to 64 dimensions sigma > 14 alpha s in up to 8 steps and 140 alpha s in 20, the first evaluation is within the first step instead of at
-    its beginning, where it would tell the mean of the data and little else (`spaces.ahead`). Else, from within ten times the data's radius, the first three steps, but
-    for the last of all, count infinite noise as a node (`spaces.with_origin`).
+    5 to 8 evaluations from the prior cannot follow all scales, and go by s; beyond 3,072 (the grid of more than 10 evaluations: 6,144) only the coarse scale grows.
+
+    It predicts by three quarters of Adams-Bashforth of order 4 and one of order 3: networks are less smooth than exact scores, and high orders amplify that. The last
+    three steps are of orders 2 and 1 below 15 evaluations; from there on the last two are of order 2 alone, the two before of orders 3 and 2: they are long beside the
+    finest structure of the data, and the network's own error outweighs what higher orders gain. The order, 3, is that of what the last step, which is not corrected,
+    leaves in many steps.
+
+    In 2 to 20 steps (but 6 to 8 in more than 3,072 dimensions) from noise, for up to 64 dimensions sigma > 14 alpha s in up to 8 steps and 140 alpha s in 20, the
+    first evaluation is within the first step instead of at its beginning, where it would tell the mean of the data and little else (`spaces.ahead`). Else, from within
+    ten times the data's radius, the first three steps, but for the last of all, count infinite noise as a node (`spaces.with_origin`).
     """
-    if steps.num not in MAY_ASK_AHEAD:
+    if not may_ask_ahead(steps.num, steps.event_size):
         return _rule(steps, False)
     noise = _asks_ahead(steps)
     if known(noise):  # then one of the two is compiled
