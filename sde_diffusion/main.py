@@ -227,7 +227,7 @@ def _quiet_threads() -> None:
 
 
 def start(values: flags.FlagValues = flags.FLAGS) -> Start:
-    """Checks all that the parsed flags say, reads the data and prepares; one line and exit status 2 for what is wrong.
+    """Checks all that the parsed flags say, reads the data where they are needed, and prepares; one line and exit status 2 for what is wrong.
 
     Writes nothing, and compiles nothing.
     """
@@ -270,9 +270,13 @@ def start(values: flags.FlagValues = flags.FLAGS) -> Start:
         n = config.sample.num_steps
         if values.mode == "fit_solver" and not 2 <= n <= 1000:
             raise ValueError(f"sample.num_steps={n}: --mode=fit_solver needs 2 to 1,000 evaluations; 5 to 20 is usual")
-        dataset = data.load(**configs.data_options(config))
-        if step is not None:
-            _check_same_data(workdir / "data.json", dataset)
+        facts = None if step is None else data.read_facts(workdir / "data.json")
+        # Neither needs an example, but that a picture of points in the plane shows them beside the data.
+        if facts and (values.mode == "fit_solver" or (values.mode == "sample" and facts["shape"] != [2])):
+            dataset = data.without_examples(facts)
+        else:
+            dataset = data.load(**configs.data_options(config))
+            _check_same_data(workdir, facts or {}, dataset.facts)
         # What was trained on many devices can be looked at on any number.
         shards = math.gcd(config.train.param_shards, jax.device_count())
         mesh = None if values.mode == "train" else sharding.make_mesh(shards=shards)
@@ -350,15 +354,13 @@ def main(_):
         raise SystemExit(stop.code) from None
 
 
-def _check_same_data(path: Path, dataset) -> None:
-    """Raises ValueError where the data are not those that the run began with."""
-    from sde_diffusion.data import read_facts
+def _check_same_data(workdir: Path, before: dict, now: dict) -> None:
+    """Raises ValueError where the facts of the data are not those that the run began with, if known."""
     from sde_diffusion.sde import shown
 
-    before = read_facts(path) or dataset.facts
-    changes = [f"{k}: {shown(v)} -> {dataset.facts.get(k)}" for k, v in before.items() if dataset.facts.get(k) != v]
+    changes = [f"{k}: {shown(v)} -> {now.get(k)}" for k, v in before.items() if now.get(k) != v]
     if changes:
-        raise ValueError(f"the data are not those that {path.parent} was begun with ({'; '.join(changes)}); restore them, or use another --workdir")
+        raise ValueError(f"the data are not those that {workdir} was begun with ({'; '.join(changes)}); restore them, or use another --workdir")
 
 
 def _use(run: Start, params, step: int) -> None:

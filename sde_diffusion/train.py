@@ -228,7 +228,7 @@ def prepare(config: ConfigDict, dataset: data.Dataset, mesh=None):
     _check_sizes(config, dataset, mesh)
     if config.model.get("num_classes") is not None:
         check(dataset.train_labels is not None, f"model.num_classes is set, but {dataset.name} has no labels; set it to None")
-        top = int(np.max(dataset.train_labels[:]))
+        top = int(np.max(dataset.train_labels[:], initial=0))
         check(top < config.model.num_classes, f"model.num_classes={config.model.num_classes} but {dataset.name} has label {top}")
     scaler = data.Scaler(dataset.num_levels, config.data.centered)
     if config.loss.name == "bound":

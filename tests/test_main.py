@@ -112,6 +112,29 @@ def test_a_run_is_opened_where_its_data_are_not(workdir, tmp_path, monkeypatch):
         sd.load_run(tmp_path / "run")
 
 
+def test_a_run_is_sampled_where_its_data_are_not(workdir, tmp_path):
+    there = shutil.copytree(workdir, tmp_path / "run")
+    config = json.loads((there / "config.json").read_text())
+    config["data"]["name"] = str(tmp_path / "elsewhere.npz")
+    (there / "config.json").write_text(json.dumps(config))
+    facts = data.read_facts(there / "data.json")
+    (there / "data.json").write_text(json.dumps(facts | {"name": "elsewhere"}))
+    drawn = []
+    for place in (workdir, there):
+        done = run(f"--workdir={place}", "--mode=sample", "--config.sample.num=3", "--config.sample.seed=5")
+        assert done.returncode == 0, done.stderr[-3000:]
+        (file,) = (place / "samples").glob("*seed5_3.npz")
+        drawn.append(np.load(file)["samples"])
+    np.testing.assert_array_equal(*drawn)
+    done = run(f"--workdir={there}", "--mode=eval")
+    assert done.returncode == 2 and "elsewhere.npz" in done.stderr
+    # Nor does a conditional network need their labels.
+    config = configs.load(workdir / "config.json")
+    with config.unlocked():
+        config.model.num_classes = 10
+    train.prepare(config, data.without_examples(facts))
+
+
 @pytest.mark.slow
 def test_a_solver_is_fitted_to_a_run_and_samples_from_it(workdir):
     done = run(f"--workdir={workdir}", "--mode=fit_solver", "--config.sample.num_steps=3", "--config.sample.fit_seconds=1e-3")
