@@ -137,18 +137,20 @@ def _wide(sde, t0, t1, u, s, size):
 
 
 def may_ask_ahead(num_steps: int, size):
-    """Whether so many steps leave the first time without an evaluation anywhere: 2 to 20, but 6 to 8 of more than 3,072 dimensions gain more by it."""
-    return (num_steps in range(2, 21)) & ((size <= MOST) | (num_steps not in range(6, 9)))
+    """Whether so many steps leave the first time without an evaluation anywhere: 2 to 20, but 6 of more than 3,072 dimensions, and 7 and 8 of more than 1,536,
+    gain more by it."""
+    return (num_steps in range(2, 21)) & (size <= {6: MOST, 7: MOST // 2, 8: MOST // 2}.get(num_steps, math.inf))
 
 
 def asks_ahead(half_log_snr, num_steps: int, s, size):
     """Whether `adams`, and its grid, leave the first time without an evaluation: where these steps may, and start in noise.
 
     What that costs goes by (alpha / sigma)^2 there times the largest variance of the data, which grows with its dimensions, whatever the number of steps, of
-    which more ask for less.
+    which more ask for less. Where the other form is that of scales out of reach, it pays from further out.
     """
     noise = jnp.exp(-jnp.maximum(half_log_snr, 0.5 * lowest_log_snr(s)))
-    return may_ask_ahead(num_steps, size) & (noise > 1.75 * jnp.maximum(8.0, size**0.5) * max(1.0, num_steps / 8) ** 2.5 * s)
+    least = jnp.where(out_of_reach(num_steps, size), 2.6, 1.75 * max(1.0, num_steps / 8) ** 2.5)
+    return may_ask_ahead(num_steps, size) & (noise > least * jnp.maximum(8.0, size**0.5) * s)
 
 
 def _ahead(sde, t0, t1, u, s, size):
@@ -186,8 +188,8 @@ def time_grid(
         Beyond D = 3,072 (N > 10: 6,144) nothing changes any more.
       "near": "tapered", but 5 to 8 steps in more than 1,000 dimensions are around log(2.8 s) + (N - 5)/8, with 3 + 0.15 (N - 5) above and 1.55 below, whatever D,
         and the first covers 0.55.
-      "ahead", the grid of `adams`: "near", but 2 to 20 steps from noise (not 6 to 8 in more than 3,072 dimensions) are those of "tapered" for one step more
-        without its second time.
+      "ahead", the grid of `adams`: "near", but 2 to 20 steps from noise (not 6 in more than 3,072 dimensions, nor 7 and 8 in more than 1,536) are those of
+        "tapered" for one step more without its second time.
       "wide", for networks that predict eps: as "student" around log(0.65 D^(3/8) s), with scales 2.5 + 0.15 N above and 1.8 + 0.09 N below, wherever
         it ends; the first step covers 0.7 of the others' share, the last of N > 6 1/2 + 3/N.
       "edm": uniform in q^(1/7) (arXiv:2206.00364 eq. 5, which k-diffusion calls Karras').
