@@ -151,7 +151,7 @@ def read_facts(path: pathlib.Path) -> dict[str, Any] | None:
 
 
 def without_examples(facts: dict[str, Any]) -> Dataset:
-    """A `Dataset` of these `Dataset.facts` that holds no example: enough to sample by, where the data are not."""
+    """A `Dataset` of these `Dataset.facts` that holds no example, arrays `(0, *event)`: enough to sample by, where the data are not."""
     empty = np.zeros((0, *facts["shape"]), np.float32 if facts["levels"] is None else np.uint8)
     labels = np.zeros(0, np.int32)
     return Dataset(str(facts.get("name")), empty, empty, labels, labels, facts["levels"])

@@ -112,31 +112,36 @@ def test_a_run_is_opened_where_its_data_are_not(workdir, tmp_path, monkeypatch):
         sd.load_run(tmp_path / "run")
 
 
-def test_a_run_is_sampled_where_its_data_are_not(workdir, tmp_path):
+@pytest.fixture
+def without_data(workdir, tmp_path):
+    """The workdir, copied to where its data are not."""
     there = shutil.copytree(workdir, tmp_path / "run")
     config = json.loads((there / "config.json").read_text())
     config["data"]["name"] = str(tmp_path / "elsewhere.npz")
     (there / "config.json").write_text(json.dumps(config))
-    facts = data.read_facts(there / "data.json")
-    (there / "data.json").write_text(json.dumps(facts | {"name": "elsewhere"}))
+    return there
+
+
+def test_a_run_is_sampled_where_its_data_are_not(workdir, without_data):
     drawn = []
-    for place in (workdir, there):
+    for place in (workdir, without_data):
         done = run(f"--workdir={place}", "--mode=sample", "--config.sample.num=3", "--config.sample.seed=5")
         assert done.returncode == 0, done.stderr[-3000:]
         (file,) = (place / "samples").glob("*seed5_3.npz")
         drawn.append(np.load(file)["samples"])
     np.testing.assert_array_equal(*drawn)
-    done = run(f"--workdir={there}", "--mode=eval")
+    done = run(f"--workdir={without_data}", "--mode=eval")
     assert done.returncode == 2 and "elsewhere.npz" in done.stderr
     # Nor does a conditional network need their labels.
     config = configs.load(workdir / "config.json")
     with config.unlocked():
         config.model.num_classes = 10
-    train.prepare(config, data.without_examples(facts))
+    train.prepare(config, data.without_examples(data.read_facts(workdir / "data.json")))
 
 
 @pytest.mark.slow
-def test_a_solver_is_fitted_to_a_run_and_samples_from_it(workdir):
+def test_a_solver_is_fitted_to_a_run_where_its_data_are_not_and_samples_from_it(without_data):
+    workdir = without_data
     done = run(f"--workdir={workdir}", "--mode=fit_solver", "--config.sample.num_steps=3", "--config.sample.fit_seconds=1e-3")
     assert done.returncode == 0, done.stderr[-3000:]
     assert "updates: 1, ended by the time limit: a larger sample.fit_seconds than 0.001 may pay" in done.stdout
