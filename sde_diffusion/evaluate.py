@@ -95,7 +95,7 @@ def fit_solver(config: ConfigDict, workdir: Path, params, event_shape: tuple[int
     c = config.sample
     solver = samplers.fit_solver(
         configs.build_score(config, params), configs.build_sde(config, params), jax.random.key(c.seed),
-        (min(c.batch_size, 64), *event_shape), nfe=c.num_steps, t_end=c.t_end, num_states=1024,
+        (min(c.batch_size, 32), *event_shape), nfe=c.num_steps, t_end=c.t_end, num_states=1024,
         seconds=c.fit_seconds,
     )  # fmt: skip
     facts = json.loads(solver.facts)

@@ -218,11 +218,24 @@ def test_a_fit_goes_on_with_the_better_of_two_starts(monkeypatch):
             yield np.full(8, 1e-9 / update * (2 if ahead else 1)), family.build(family.start()), 0
 
     monkeypatch.setattr(learned, "_descend", descend)
+    monkeypatch.setattr(learned, "_of_states", lambda *_: np.full(16, 1e-12))  # so that the default is not better in the end
     solver = sd.fit_solver(mixture().score_fn(sde), sde, jax.random.key(0), (16, 2), nfe=4, num_states=32, max_updates=20, progress=False)
     trial = learned._TRIAL
     assert taken == [True, False] * trial + [False] * (20 - 2 * trial)
     assert float(solver.table.time[0]) == sde.t_max
-    np.testing.assert_allclose(json.loads(solver.facts)["held_out_median"] ** 2, 1e-9 / (20 - trial), rtol=1e-6)
+
+
+def test_what_a_fit_says_of_its_error_is_that_of_all_held_out_states():
+    """Also where its updates looked at few of them. They are the first quarter of the prior draws of its key."""
+    sde, oracle, key = sd.VP(), mixture(), jax.random.key(3)
+    solver = sd.fit_solver(oracle.score_fn(sde), sde, key, (16, 2), nfe=5, num_states=512, max_updates=2, progress=False)
+    held_out = sde.prior_sample(key, (32, 16, 2))[:8].reshape(128, 2)
+    sample = functools.partial(sd.sample_ode, oracle.score_fn(sde), sde, key, (128, 2), init=held_out, denoise=False)
+    errors = jnp.mean((sample(method=solver) - sample(method="adams_4", num_steps=100)) ** 2, axis=-1)
+    facts = json.loads(solver.facts)
+    assert facts["held_out_states"] == 128
+    np.testing.assert_allclose(facts["held_out_rmse"], float(jnp.sqrt(errors.mean())), rtol=1e-3)
+    np.testing.assert_allclose(facts["held_out_median"], float(jnp.sqrt(jnp.median(errors))), rtol=0.05)  # between two of an even number
 
 
 @pytest.mark.parametrize(("nfe", "sigma_data"), [(5, 0.5), (9, 0.1)])

@@ -29,8 +29,8 @@ from sde_diffusion.sde import SDE, check, known, pytree_dataclass
 # Random directions of each end point in which its derivatives are taken.
 _PROBES = 2
 # Updates of each start of a fit before the better one goes on alone.
-_TRIAL = 8
-# States that the first updates look at, in whole batches.
+_TRIAL = 4
+# States that the first updates look at, and held-out ones, in whole batches.
 _FIRST = 32
 # Errors of the states count by their squares up to about this many times the median square, and by their size beyond.
 _LIMIT = 10
@@ -239,14 +239,16 @@ def fit_solver(
             if updates == trial:
                 turn = _best(found)
             bar.update()
-            bar.set_postfix_str(f"median held-out error {np.sqrt(np.median(found[_best(found)][0]) / np.median(of_default)):.3f} of the default's")
+            best = found[_best(found)][0]
+            bar.set_postfix_str(f"median held-out error {np.sqrt(np.median(best) / np.median(of_default[: len(best)])):.3f} of the default's")
             if updates >= trial and found[turn][2] >= 8:
                 ended_by = "no more gain"
                 break
             if time.monotonic() - began > seconds:
                 ended_by = "the time limit"
                 break
-    best, (table, times), _ = found[_best(found)]
+    _, (table, times), _ = found[_best(found)]
+    best = _of_states(table, times, score_fn, sde, centre, held_out)
     if _best([(best,), (of_default,)]) == 1:
         # Too few updates, or a sigma_data that is far off: nothing better than the default was found.
         best, times, centre = of_default, grid(nfe, METHODS[usual].grid), jnp.zeros(())
@@ -260,39 +262,44 @@ def fit_solver(
 
 
 def _best(found) -> int:
-    """Which of some solvers has the smallest held-out errors: the first entry of each, if any."""
+    """Which of some solvers has the smallest held-out errors: the first entry of each, if any; of as many states as all have."""
+    num = min(len(each[0]) for each in found if each)
+    found = [each and (each[0][:num],) for each in found]
     limit = _LIMIT * min(np.median(each[0]) for each in found if each)
     return int(np.argmin([_pseudo_huber(each[0], limit) if each else np.inf for each in found]))
 
 
 def _descend(family, score_fn, centre, data, held_out, key, max_updates):
     """Levenberg-Marquardt from the start of a family: after each update the held-out errors `(states,)` of the best solver so far, itself as
-    its table and times, and for how many updates there was no gain."""
+    its table and times, and for how many updates there was no gain. The errors are those of as many states as the update looks at, or all."""
     theta, unravel = ravel_pytree(family.start())
     sde, size = family.sde, data[0].shape[1]
     build = jax.jit(lambda theta: family.build(unravel(theta)))
     jacobian = jax.jit(jax.jacrev(lambda theta: _numbers(build(theta)[0], 1)))
 
     def of_states(theta, parts):
-        return np.concatenate([np.asarray(_squares(*build(theta), score_fn, sde, centre, *part), np.float64) for part in zip(*parts)])
+        return _of_states(*build(theta), score_fn, sde, centre, parts)
+
+    def first(num):
+        return [a[:num] for a in data], [a[:num] for a in held_out]
 
     def equations(theta, limit, parts, key):
         numbers = *build(theta), jacobian(theta), limit, score_fn, sde, centre
         totals = [_normal_equations(*numbers, *part) for part in zip(*parts, jax.random.split(key, len(parts[0])))]
         return (sum(np.asarray(a, np.float64) for a in each) for each in zip(*totals))
 
-    held = best = of_states(theta, held_out)
     best_theta, damping, idle = theta, 1e-3, 0
     # The first updates are rough: they look at a batch or a few, and later ones at twice as many wherever the gain ends.
-    some = [a[: -(-_FIRST // size)] for a in data]
+    some, others = first(-(-_FIRST // size))
     here, better = of_states(theta, some), True
+    held = best = of_states(theta, others)
     for key_probes in jax.random.split(key, max_updates):
         if better:
             limit = max(_LIMIT * np.median(here), 1e-30)
             gradient, matrix = equations(theta, limit, some, key_probes)
             check(bool(np.isfinite(matrix).all()), "the derivatives of score_fn are not finite at some state and time: a fit needs them")
-        # Several dampings at once; the errors choose among them.
-        dampings = damping * np.array([0.03, 0.3, 3.0, 30.0])
+        # Two dampings at once; the errors choose among them.
+        dampings = damping * np.array([0.2, 4.0])
         scale = np.diag(np.diag(matrix) + 1e-9 * np.trace(matrix))
         moves = [np.linalg.solve(matrix + d * scale, -gradient) for d in dampings]
         candidates = [theta + jnp.asarray(move, theta.dtype) for move in moves]
@@ -302,7 +309,7 @@ def _descend(family, score_fn, centre, data, held_out, key, max_updates):
         better = bool(values[winner] < _pseudo_huber(here, limit))
         if better:
             theta, damping, here = candidates[winner], dampings[winner], there[winner]
-            held = of_states(theta, held_out)
+            held = of_states(theta, others)
         else:
             damping = 100 * damping
         gain = _pseudo_huber(held, limit) / _pseudo_huber(best, limit)
@@ -310,8 +317,10 @@ def _descend(family, score_fn, centre, data, held_out, key, max_updates):
         if gain < 1:
             best, best_theta = held, theta
         if gain > 0.94 and len(some[0]) < len(data[0]) and (better or idle >= 3):
-            some, idle, damping = [a[: 2 * len(some[0])] for a in data], 0, 1e-3
+            (some, others), idle, damping = first(2 * len(some[0])), 0, 1e-3
             here, better = of_states(theta, some), True
+            if len(others[0]) * size > len(held):
+                held, best = of_states(theta, others), of_states(best_theta, others)
         yield best, build(best_theta), idle
 
 
@@ -366,6 +375,11 @@ def _mean(x, target):
     mean = functools.partial(jnp.mean, axis=(0, 1))
     share = (mean(x * target) - mean(x) * mean(target)) / mean(x**2)
     return mean(target) - share * mean(x)
+
+
+def _of_states(table, times, score_fn, sde, centre, parts):
+    """The mean squared error of each state of some batches, `(states,)`."""
+    return np.concatenate([np.asarray(_squares(table, times, score_fn, sde, centre, *part), np.float64) for part in zip(*parts)])
 
 
 def _of_each(x, target):
