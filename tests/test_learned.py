@@ -1,5 +1,6 @@
 """Fitted solvers."""
 
+import dataclasses
 import functools
 import json
 
@@ -11,6 +12,7 @@ from jax.flatten_util import ravel_pytree
 from oracle import SDES, ZERO_SNR, eps_network, mixture
 
 import sde_diffusion as sd
+from sde_diffusion.prediction import as_pytree
 from sde_diffusion.samplers import learned, linear, ode
 from sde_diffusion.samplers.grid import time_grid
 from sde_diffusion.samplers.linear import Steps
@@ -208,21 +210,55 @@ def test_a_fit_to_a_score_without_finite_derivatives_is_refused():
 
 
 def test_a_fit_goes_on_with_the_better_of_two_starts(monkeypatch):
-    sde, taken = sd.VP(), []
+    """And returns its last solver, by all held-out states: on the few that the other start has looked at, that one is the better by then."""
+    sde, taken, trial = sd.VP(), [], learned._TRIAL
 
     def descend(family, *_):
-        """A start from t_max that is the better one, as errors are told here."""
+        """A start from t_max that is the better one, as errors are told here; each update adds 1 to the factors of the state."""
         ahead = len(family.times) == 6
+        table, times = family.build(family.start())
         for update in range(1, 20):
             taken.append(ahead)
-            yield np.full(8, 1e-9 / update * (2 if ahead else 1)), family.build(family.start()), 0
+            errors = np.full(8, 1e-9 / update * (2 if ahead else 1))
+            if update > trial:
+                errors = np.concatenate([np.full(8, 1e-8), errors])
+            yield errors, (dataclasses.replace(table, state=table.state + update), times), 0
+
+    def of_states(table, *_):
+        return np.full(16, 1e-12 if float(table.time[0]) == sde.t_max else 2e-12)
 
     monkeypatch.setattr(learned, "_descend", descend)
-    monkeypatch.setattr(learned, "_of_states", lambda *_: np.full(16, 1e-12))  # so that the default is not better in the end
-    solver = sd.fit_solver(mixture().score_fn(sde), sde, jax.random.key(0), (16, 2), nfe=4, num_states=32, max_updates=20, progress=False)
-    trial = learned._TRIAL
+    monkeypatch.setattr(learned, "_of_states", of_states)
+    options = dict(nfe=4, num_states=32, max_updates=20, progress=False)
+    solver = sd.fit_solver(mixture().score_fn(sde), sde, jax.random.key(0), (16, 2), **options)
     assert taken == [True, False] * trial + [False] * (20 - 2 * trial)
     assert float(solver.table.time[0]) == sde.t_max
+    assert (solver.table.state > 20 - trial).all() and (solver.table.state < 21 - trial).all()
+    np.testing.assert_allclose(json.loads(solver.facts)["held_out_rmse"], 1e-6)
+
+
+def test_the_errors_that_a_descent_tells_are_those_of_its_solver():
+    """Of the first held-out states, as many as it looks at: more and more, up to all."""
+    sde, score_fn, key = sd.VP(), as_pytree(mixture().score_fn(sd.VP())), jax.random.key(4)
+    x = sde.prior_sample(key, (16, 32, 2))
+    draw = functools.partial(sd.sample_ode, score_fn, sde, key, (32, 2), method="adams_4", num_steps=100, denoise=False)
+    target, centre = jnp.stack([draw(init=part) for part in x]), jnp.zeros(2)
+    held_out, data = (x[:4], target[:4]), (x[4:], target[4:])
+    family, sizes = learned._Family(sde, 5, 0.5, 2, time_grid(sde, 6, event_size=2)), []
+    for errors, solver, _ in learned._descend(family, score_fn, centre, data, held_out, key, 20):
+        sizes.append(len(errors))
+        np.testing.assert_allclose(errors, learned._of_states(*solver, score_fn, sde, centre, held_out)[: len(errors)], rtol=1e-6)
+    assert sizes[0] == 32 and sizes[-1] == 128 and sizes == sorted(sizes)
+
+
+def test_a_state_whose_score_is_not_finite_counts_as_infinitely_far():
+    sde = sd.VP()
+    family = learned._Family(sde, 5, 0.5, 2, time_grid(sde, 6, event_size=2))
+    solver, x = family.build(family.start()), jnp.array([[[9.0, 0.0], [0.1, 0.0]]])
+    score_fn = as_pytree(lambda x, t: jnp.where(x > 5, jnp.nan, -x))
+    errors = learned._of_states(*solver, score_fn, sde, jnp.zeros(2), (x, jnp.zeros_like(x)))
+    assert errors[0] == np.inf and np.isfinite(errors[1])
+    assert learned._best([(errors,), (np.ones(2),)]) == 1
 
 
 def test_what_a_fit_says_of_its_error_is_that_of_all_held_out_states():

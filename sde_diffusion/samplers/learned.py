@@ -169,8 +169,8 @@ def fit_solver(
     that predicts eps or the score it starts from `adams_eps`, which also gives the solutions.
 
     The objective is the pseudo-Huber mean of the states' errors: a state that ends in another mode of the data is far off by chance, and
-    would rule a mean square. A quarter of the states is held out: the best solver on these is returned, whose held-out error is
-    a little optimistic for it, and fitting ends when they stop improving. Family: arXiv:2403.01329.
+    would rule a mean square. A quarter of the states is held out: the best solver on as many of these as the updates look at is returned, whose held-out error, on all
+    of them, is a little optimistic for it, and fitting ends when they stop improving. Family: arXiv:2403.01329.
 
     Args:
       score_fn: `(x (B, *event), t (B,)) -> (B, *event)`.
@@ -239,7 +239,7 @@ def fit_solver(
             if updates == trial:
                 turn = _best(found)
             bar.update()
-            best = found[_best(found)][0]
+            best = found[turn if updates >= trial else _best(found)][0]
             bar.set_postfix_str(f"median held-out error {np.sqrt(np.median(best) / np.median(of_default[: len(best)])):.3f} of the default's")
             if updates >= trial and found[turn][2] >= 8:
                 ended_by = "no more gain"
@@ -247,11 +247,16 @@ def fit_solver(
             if time.monotonic() - began > seconds:
                 ended_by = "the time limit"
                 break
-    _, (table, times), _ = found[_best(found)]
-    best = _of_states(table, times, score_fn, sde, centre, held_out)
-    if _best([(best,), (of_default,)]) == 1:
+    # By all held-out states, of which a start that was left looked at few.
+    solvers = [each[1] for each in found if each]
+    errors = [*(_of_states(*each, score_fn, sde, centre, held_out) for each in solvers), of_default]
+    chosen = _best([(each,) for each in errors])
+    best = errors[chosen]
+    if chosen < len(solvers):
+        table, times = solvers[chosen]
+    else:
         # Too few updates, or a sigma_data that is far off: nothing better than the default was found.
-        best, times, centre = of_default, grid(nfe, METHODS[usual].grid), jnp.zeros(())
+        times, centre = grid(nfe, METHODS[usual].grid), jnp.zeros(())
         table = METHODS[usual](Steps.of(sde, times, sigma_data, size))
         table = dataclasses.replace(table, history=table.history[:, :nfe])  # of fewer steps than columns the rest is zero
     facts = {
@@ -271,7 +276,7 @@ def _best(found) -> int:
 
 def _descend(family, score_fn, centre, data, held_out, key, max_updates):
     """Levenberg-Marquardt from the start of a family: after each update the held-out errors `(states,)` of the best solver so far, itself as
-    its table and times, and for how many updates there was no gain. The errors are those of as many states as the update looks at, or all."""
+    its table and times, and for how many updates there was no gain. The errors are those of as many states as the next update looks at, or all."""
     theta, unravel = ravel_pytree(family.start())
     sde, size = family.sde, data[0].shape[1]
     build = jax.jit(lambda theta: family.build(unravel(theta)))
@@ -303,7 +308,7 @@ def _descend(family, score_fn, centre, data, held_out, key, max_updates):
         scale = np.diag(np.diag(matrix) + 1e-9 * np.trace(matrix))
         moves = [np.linalg.solve(matrix + d * scale, -gradient) for d in dampings]
         candidates = [theta + jnp.asarray(move, theta.dtype) for move in moves]
-        there = np.nan_to_num(np.stack([of_states(each, some) for each in candidates]), nan=np.inf)
+        there = np.stack([of_states(each, some) for each in candidates])
         values = _pseudo_huber(there, limit)
         winner = int(values.argmin())
         better = bool(values[winner] < _pseudo_huber(here, limit))
@@ -321,6 +326,8 @@ def _descend(family, score_fn, centre, data, held_out, key, max_updates):
             here, better = of_states(theta, some), True
             if len(others[0]) * size > len(held):
                 held, best = of_states(theta, others), of_states(best_theta, others)
+                if _pseudo_huber(held, limit) < _pseudo_huber(best, limit):
+                    best, best_theta = held, theta
         yield best, build(best_theta), idle
 
 
@@ -378,8 +385,9 @@ def _mean(x, target):
 
 
 def _of_states(table, times, score_fn, sde, centre, parts):
-    """The mean squared error of each state of some batches, `(states,)`."""
-    return np.concatenate([np.asarray(_squares(table, times, score_fn, sde, centre, *part), np.float64) for part in zip(*parts)])
+    """The mean squared error of each state of some batches, `(states,)`; infinite where the score is not finite."""
+    squares = [np.asarray(_squares(table, times, score_fn, sde, centre, *part), np.float64) for part in zip(*parts)]
+    return np.nan_to_num(np.concatenate(squares), nan=np.inf, posinf=np.inf)
 
 
 def _of_each(x, target):
