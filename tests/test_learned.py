@@ -258,7 +258,8 @@ def test_a_state_whose_score_is_not_finite_counts_as_infinitely_far():
     score_fn = as_pytree(lambda x, t: jnp.where(x > 5, jnp.nan, -x))
     errors = learned._of_states(*solver, score_fn, sde, jnp.zeros(2), (x, jnp.zeros_like(x)))
     assert errors[0] == np.inf and np.isfinite(errors[1])
-    assert learned._best([(errors,), (np.ones(2),)]) == 1
+    # Be it the fitted one or the default: what is finite is the better one.
+    assert learned._best([(errors,), (np.ones(2),)]) == 1 and learned._best([(np.ones(2),), (errors,)]) == 0
 
 
 def test_what_a_fit_says_of_its_error_is_that_of_all_held_out_states():

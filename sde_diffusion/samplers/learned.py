@@ -169,8 +169,8 @@ def fit_solver(
     that predicts eps or the score it starts from `adams_eps`, which also gives the solutions.
 
     The objective is the pseudo-Huber mean of the states' errors: a state that ends in another mode of the data is far off by chance, and
-    would rule a mean square. A quarter of the states is held out: the best solver on as many of these as the updates look at is returned, whose held-out error, on all
-    of them, is a little optimistic for it, and fitting ends when they stop improving. Family: arXiv:2403.01329.
+    would rule a mean square. A quarter of the states is held out: the best solver on as many of these as the updates look at is returned, whose
+    held-out error, on all of them, is a little optimistic for it, and fitting ends when they stop improving. Family: arXiv:2403.01329.
 
     Args:
       score_fn: `(x (B, *event), t (B,)) -> (B, *event)`.
@@ -385,14 +385,14 @@ def _mean(x, target):
 
 
 def _of_states(table, times, score_fn, sde, centre, parts):
-    """The mean squared error of each state of some batches, `(states,)`; infinite where the score is not finite."""
-    squares = [np.asarray(_squares(table, times, score_fn, sde, centre, *part), np.float64) for part in zip(*parts)]
-    return np.nan_to_num(np.concatenate(squares), nan=np.inf, posinf=np.inf)
+    """As `_of_each`, of all states of some batches, `(states,)`."""
+    return np.concatenate([np.asarray(_squares(table, times, score_fn, sde, centre, *part), np.float64) for part in zip(*parts)])
 
 
 def _of_each(x, target):
-    """The mean squared error of each state of a batch, `(B,)`."""
-    return jnp.mean((x - target) ** 2, axis=tuple(range(1, x.ndim)))
+    """The mean squared error of each state of a batch, `(B,)`; infinite where it is not a number."""
+    squares = jnp.mean((x - target) ** 2, axis=tuple(range(1, x.ndim)))
+    return jnp.where(jnp.isnan(squares), jnp.inf, squares)
 
 
 def _pseudo_huber(squares, limit):
@@ -415,7 +415,7 @@ _AXES = (0, 1, 0)
 
 @jax.jit
 def _squares(table, times, score_fn, sde, centre, x, target):
-    """The mean squared error of each state of a batch, `(B,)`."""
+    """As `_of_each`, of where a solver takes the states of a batch, `(B,)`."""
     return _of_each(run(table, score_fn, sde, jax.random.key(0), x, times[0], times[-1], centre=centre, denoise=False), target)
 
 

@@ -123,8 +123,8 @@ def adams(steps: Steps) -> Table:
     leaves in many steps.
 
     In 2 to 20 steps (but 6 in more than 3,072 dimensions, and 7 and 8 in more than 1,536) from noise, for up to 64 dimensions sigma > 14 alpha s in up to 8 steps and
-    140 alpha s in 20 (5 and 6 steps of more than 1,000 dimensions: 2.6 alpha s sqrt(D)), the first evaluation is within the first step instead of at its beginning, where it would tell the mean of the data and little else
-    (`spaces.ahead`). Else, from within ten times the data's radius, the first three steps, but for the last of all, count infinite noise as a node (`spaces.with_origin`).
+    140 alpha s in 20 (5 and 6 steps of more than 1,000 dimensions: 2.6 alpha s sqrt(D)), the first evaluation is within the first step instead of at its beginning,
+    where it would tell the mean of the data and little else (`spaces.ahead`). Else, from within ten times the data's radius, the first three steps, but for the last of all, count infinite noise as a node (`spaces.with_origin`).
     """
     if not may_ask_ahead(steps.num, steps.event_size):
         return _rule(steps, False)
