@@ -583,9 +583,10 @@ def test_the_default_is_ahead_of_the_published_ones_in_many_dimensions(process, 
 
 @pytest.mark.parametrize(
     ("sigma_max", "num_steps", "event_size", "ahead"),
-    # 2.6 * 0.5 * sqrt(1480) = 50.01 is the least noise of 5 and 6 steps, 1.75 * 0.5 * sqrt(1000) = 27.67 in up to 1,000 dimensions.
+    # 2.6 * 0.5 * sqrt(1480) = 50.01 is the least noise of 5 and 6 steps, 1.75 * 0.5 * sqrt(1000) = 27.67 in up to 1,000 dimensions (5 steps: 21.02).
     [(150, 6, 3072, True), (150, 6, 3073, False), (150, 7, 1536, True), (150, 7, 1537, False), (150, 8, 1536, True), (150, 8, 1537, False), (150, 5, 3073, True),
-     (150, 9, 3073, True), (50, 5, 1470, True), (50, 5, 1490, False), (50, 6, 1470, True), (50, 6, 1490, False), (28, 6, 1000, True), (28, 6, 1001, False)],
+     (150, 9, 3073, True), (50, 5, 1470, True), (50, 5, 1490, False), (50, 6, 1470, True), (50, 6, 1490, False), (28, 6, 1000, True), (28, 6, 1001, False),
+     (21.2, 5, 1000, True), (20.8, 5, 1000, False), (28, 5, 1001, False), (7.1, 5, 64, True), (6.9, 5, 64, False), (7.1, 5, 3, True)],
 )  # fmt: skip
 def test_where_few_steps_of_many_dimensions_begin_at_the_prior(sigma_max, num_steps, event_size, ahead):
     sde, asked = sd.VE(sigma_max=float(sigma_max)), []

@@ -146,11 +146,12 @@ def asks_ahead(half_log_snr, num_steps: int, s, size):
     """Whether `adams`, and its grid, leave the first time without an evaluation: where these steps may, and start in noise.
 
     What that costs goes by (alpha / sigma)^2 there times the largest variance of the data, which grows with its dimensions, whatever the number of steps, of
-    which more ask for less. Where the other form is that of scales out of reach, it pays from further out.
+    which more ask for less; 5 gain the most by it. Where the other form is that of scales out of reach, it pays from further out.
     """
     noise = jnp.exp(-jnp.maximum(half_log_snr, 0.5 * lowest_log_snr(s)))
-    least = jnp.where(out_of_reach(num_steps, size), 2.6, 1.75 * max(1.0, num_steps / 8) ** 2.5)
-    return may_ask_ahead(num_steps, size) & (noise > least * jnp.maximum(8.0, size**0.5) * s)
+    dimensions = jnp.maximum(1.0, size / 64)
+    least = 14 * max(1.0, num_steps / 8) ** 2.5 * dimensions ** (0.4 if num_steps == 5 else 0.5)
+    return may_ask_ahead(num_steps, size) & (noise > s * jnp.where(out_of_reach(num_steps, size), 20.8 * dimensions**0.5, least))
 
 
 def _ahead(sde, t0, t1, u, s, size):
