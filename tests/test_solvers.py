@@ -583,10 +583,12 @@ def test_the_default_is_ahead_of_the_published_ones_in_many_dimensions(process, 
 
 @pytest.mark.parametrize(
     ("sigma_max", "num_steps", "event_size", "ahead"),
-    # 2.6 * 0.5 * sqrt(1480) = 50.01 is the least noise of 5 and 6 steps, 1.75 * 0.5 * sqrt(1000) = 27.67 in up to 1,000 dimensions (5 steps: 21.02).
+    # 2.6 * 0.5 * sqrt(1480) = 50.01 is the least noise of 5 to 8 steps, 14 * 0.5 * sqrt(1000 / 64) = 27.67 in up to 1,000 dimensions, in 5 steps of 1,000 and 192
+    # 14 * 0.5 * (D / 64)^0.4 = 21.02 and 10.86, in 10 steps of 1,000 27.67 * (10 / 8)^2.5 = 48.34.
     [(150, 6, 3072, True), (150, 6, 3073, False), (150, 7, 1536, True), (150, 7, 1537, False), (150, 8, 1536, True), (150, 8, 1537, False), (150, 5, 3073, True),
      (150, 9, 3073, True), (50, 5, 1470, True), (50, 5, 1490, False), (50, 6, 1470, True), (50, 6, 1490, False), (28, 6, 1000, True), (28, 6, 1001, False),
-     (21.2, 5, 1000, True), (20.8, 5, 1000, False), (28, 5, 1001, False), (7.1, 5, 64, True), (6.9, 5, 64, False), (7.1, 5, 3, True)],
+     (21.2, 5, 1000, True), (20.8, 5, 1000, False), (28, 5, 1001, False), (27, 6, 1000, False), (27, 8, 1000, False),
+     (11, 5, 192, True), (10.7, 5, 192, False), (50, 8, 1470, True), (50, 8, 1490, False), (49, 10, 1000, True), (47.5, 10, 1000, False), (7.1, 5, 64, True), (6.9, 5, 64, False), (7.1, 5, 3, True)],
 )  # fmt: skip
 def test_where_few_steps_of_many_dimensions_begin_at_the_prior(sigma_max, num_steps, event_size, ahead):
     sde, asked = sd.VE(sigma_max=float(sigma_max)), []

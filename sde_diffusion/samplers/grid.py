@@ -146,7 +146,8 @@ def asks_ahead(half_log_snr, num_steps: int, s, size):
     """Whether `adams`, and its grid, leave the first time without an evaluation: where these steps may, and start in noise.
 
     What that costs goes by (alpha / sigma)^2 there times the largest variance of the data, which grows with its dimensions, whatever the number of steps, of
-    which more ask for less; 5 gain the most by it. Where the other form is that of scales out of reach, it pays from further out.
+    which more ask for less. For 5, which gain the most, the least noise grows slower than the data's radius. Where the other form is that of scales out of reach,
+    it pays from further out.
     """
     noise = jnp.exp(-jnp.maximum(half_log_snr, 0.5 * lowest_log_snr(s)))
     dimensions = jnp.maximum(1.0, size / 64)

@@ -123,8 +123,8 @@ def adams(steps: Steps) -> Table:
     leaves in many steps.
 
     In 2 to 20 steps (but 6 in more than 3,072 dimensions, and 7 and 8 in more than 1,536) from noise, the first evaluation is within the first step instead of at its
-    beginning, where it would tell the mean of the data and little else (`spaces.ahead`): for up to 64 dimensions from sigma > 14 alpha s in up to 8 steps and
-    140 alpha s in 20, for more from as much more as the root of D / 64 (5 steps: its power 0.4; 5 and 6 of more than 1,000: sigma > 2.6 alpha s sqrt(D)). Else, from
+    beginning, where it would tell the mean of the data and little else (`spaces.ahead`). Noise is sigma > 14 alpha s in up to 8 steps and 140 alpha s in 20, of more than
+    64 dimensions times sqrt(D / 64), in 5 steps times (D / 64)^0.4; 5 to 8 steps of more than 1,000 dimensions: sigma > 2.6 alpha s sqrt(D). Else, from
     within ten times the data's radius, the first three steps, but for the last of all, count infinite noise as a node (`spaces.with_origin`).
     """
     if not may_ask_ahead(steps.num, steps.event_size):
