@@ -588,7 +588,8 @@ def test_the_default_is_ahead_of_the_published_ones_in_many_dimensions(process, 
     [(150, 6, 3072, True), (150, 6, 3073, False), (150, 7, 1536, True), (150, 7, 1537, False), (150, 8, 1536, True), (150, 8, 1537, False), (150, 5, 3073, True),
      (150, 9, 3073, True), (50, 5, 1470, True), (50, 5, 1490, False), (50, 6, 1470, True), (50, 6, 1490, False), (28, 6, 1000, True), (28, 6, 1001, False),
      (21.2, 5, 1000, True), (20.8, 5, 1000, False), (28, 5, 1001, False), (27, 6, 1000, False), (27, 8, 1000, False),
-     (11, 5, 192, True), (10.7, 5, 192, False), (50, 8, 1470, True), (50, 8, 1490, False), (49, 10, 1000, True), (47.5, 10, 1000, False), (7.1, 5, 64, True), (6.9, 5, 64, False), (7.1, 5, 3, True)],
+     (11, 5, 192, True), (10.7, 5, 192, False), (50, 8, 1470, True), (50, 8, 1490, False), (49, 10, 1000, True), (47.5, 10, 1000, False),
+     (7.1, 5, 64, True), (6.9, 5, 64, False), (7.1, 5, 3, True)],
 )  # fmt: skip
 def test_where_few_steps_of_many_dimensions_begin_at_the_prior(sigma_max, num_steps, event_size, ahead):
     sde, asked = sd.VE(sigma_max=float(sigma_max)), []
