@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from sde_diffusion.losses import check_floats, noise_error
 from sde_diffusion.prediction import check_process
 from sde_diffusion.schedules import Tangent
-from sde_diffusion.sde import SDE, check, check_log_snr, known
+from sde_diffusion.sde import SDE, check, check_key, check_log_snr, known
 from sde_diffusion.times import LOWEST_LOG_SNR, AdaptiveTimes, low_discrepancy, sample_times
 
 Values = Float[Array, " levels"] | Float[np.ndarray, " levels"] | None
@@ -62,13 +62,14 @@ def variational_bound(
     Raises:
       ValueError: integer data, num_steps < 1, values that do not increase, or a log-SNR at t_train too low to tell them apart.
     """
-    check(num_steps is None or num_steps >= 1, f"num_steps={num_steps} must be at least 1, or None for continuous time")
+    whole = num_steps is None or (isinstance(num_steps, (int, np.integer)) and num_steps >= 1)
+    check(whole, f"num_steps={num_steps!r} must be an integer of at least 1, or None for continuous time")
     check(
         isinstance(times, (str, AdaptiveTimes)),
         "times holds levels, whose mean is not the bound: pass num_steps for discrete time, or 'log_snr', 'uniform' or an AdaptiveTimes",
     )
-    x0 = _checked(sde, values, x0)
     check_process(score_fn, sde)
+    x0 = _checked(sde, values, key, x0)
     key_t, key_eps, key_decoder = jax.random.split(key, 3)
     dtype = x0.dtype
     if num_steps is None:
@@ -132,8 +133,10 @@ def check_values(sde: SDE, values: Values, x0=None) -> None:
         )
 
 
-def _checked(sde: SDE, values: Values, x0) -> Array:
+def _checked(sde: SDE, values: Values, key, x0) -> Array:
     """x0 in at least float32, in which noise is centred and of variance 1, after the checks of everything."""
+    check_key(key)
+    x0 = jnp.asarray(x0)
     check_floats(x0)
     check_log_snr(sde)
     check_values(sde, values, x0)
@@ -160,7 +163,7 @@ def bound_gradients(
     Raises:
       ValueError: as `variational_bound`.
     """
-    x0 = _checked(sde, values, x0)
+    x0 = _checked(sde, values, key, x0)
     key_t, key_eps, key_decoder = jax.random.split(key, 3)
     batch = x0.shape[0]
     t, span = sample_times(key_t, batch, sde, "uniform", x0.dtype)

@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from sde_diffusion.prediction import as_pytree, check_process, lookup, predict
+from sde_diffusion.prediction import as_pytree, check_process, check_sigma_data, lookup, predict
+from sde_diffusion.samplers.adaptive import shortest_step
 from sde_diffusion.samplers.grid import check_t_end, resolve_grid
 from sde_diffusion.samplers.multistep import adams
 from sde_diffusion.score_matching import PROBES
-from sde_diffusion.sde import SDE, Number, Times, check, check_log_snr, expand
+from sde_diffusion.sde import SDE, Number, Times, check, check_key, check_log_snr, expand
 from sde_diffusion.times import LOWEST_LOG_SNR, terminal_log_snr
 
 # Evaluations before the first step, and of each step that is tried.
@@ -38,8 +39,8 @@ def log_likelihood(
     trace: str = "hutchinson",
     probe: str = "rademacher",
     num_probes: int = 1,
-    rtol: float = 1e-4,
-    atol: float = 1e-4,
+    rtol: Number = 1e-4,
+    atol: Number = 1e-4,
     t_end: float | None = None,
     max_steps: int = 4096,
     method: str = "adams",
@@ -81,10 +82,12 @@ def log_likelihood(
     if trace not in ("hutchinson", "exact"):
         raise ValueError(f"unknown trace {trace!r}; choose 'hutchinson' or 'exact'")
     lookup(PROBES, probe, "probe")
-    check(isinstance(num_probes, int) and num_probes >= 1, f"num_probes={num_probes} must be an integer of at least 1")
+    check(isinstance(num_probes, numbers.Integral) and num_probes >= 1, f"num_probes={num_probes!r} must be an integer of at least 1")
     if trace == "hutchinson" and key is None:
         raise ValueError("trace='hutchinson' draws probes and needs a key; pass one, or trace='exact'")
     key = jax.random.key(0) if key is None else key
+    check_key(key)
+    x = jnp.asarray(x)
     dtype = jnp.promote_types(x.dtype, jnp.float32)
     if trace == "hutchinson":
         probes = PROBES[probe](key, (x.shape[0], num_probes, *x.shape[1:]), dtype)
@@ -102,8 +105,8 @@ def encode(
     sde: SDE,
     x: Float[Array, "b ..."],
     *,
-    rtol: float = 1e-4,
-    atol: float = 1e-4,
+    rtol: Number = 1e-4,
+    atol: Number = 1e-4,
     t_end: float | None = None,
     max_steps: int = 4096,
     method: str = "adams",
@@ -137,6 +140,7 @@ def slerp(a: Float[Array, "b ..."], b: Float[Array, "b ..."], fraction: Times) -
     Raises:
       ValueError: a and b of different shapes.
     """
+    a, b = jnp.asarray(a), jnp.asarray(b)
     check(a.shape == b.shape, f"a has shape {a.shape} and b {b.shape}; make them equal")
     dtype = jnp.promote_types(a.dtype, jnp.float32)
     fraction = jnp.broadcast_to(jnp.asarray(fraction, dtype), a.shape[:1])
@@ -155,10 +159,11 @@ def slerp(a: Float[Array, "b ..."], b: Float[Array, "b ..."], fraction: Times) -
 
 def _flow(score_fn, sde, x, probes, *, rtol, atol, t_end, max_steps, method, num_steps, grid, sigma_data, batch_size) -> Likelihood:
     """Checks what the public functions share, and runs."""
+    x = jnp.asarray(x)
     check(jnp.issubdtype(x.dtype, jnp.floating), f"x has dtype {x.dtype}; scale it to floats first (data.Scaler does, with dequantization)")
     check(x.ndim >= 1 and len(x) > 0, f"x has shape {x.shape}; pass at least one example, (B, *event)")
-    check(rtol > 0 and atol > 0, f"rtol={rtol} and atol={atol} must be positive; 1e-4 is usual")
-    check(isinstance(max_steps, int) and max_steps >= 1, f"max_steps={max_steps} must be an integer of at least 1")
+    check((rtol > 0) & (atol > 0), f"rtol={rtol} and atol={atol} must be positive; 1e-4 is usual")
+    check(isinstance(max_steps, numbers.Integral) and max_steps >= 1, f"max_steps={max_steps!r} must be an integer of at least 1")
     whole = batch_size is None or (isinstance(batch_size, numbers.Integral) and batch_size >= 1)
     check(whole, f"batch_size={batch_size} must be an integer of at least 1, or None for all examples at once")
     spec = jax.typeof(x).sharding.spec  # of explicit mesh axes alone
@@ -171,19 +176,19 @@ def _flow(score_fn, sde, x, probes, *, rtol, atol, t_end, max_steps, method, num
     check_log_snr(sde)
     check_process(score_fn, sde)
     sigma_data = getattr(score_fn, "sigma_data", 0.5) if sigma_data is None else sigma_data
-    check(sigma_data > 0, f"sigma_data={sigma_data} must be positive: the standard deviation of the data")
+    check_sigma_data(sigma_data)
     dtype = jnp.promote_types(x.dtype, jnp.float32)
     times = None
     if num_steps is not None or grid is not None:
         grid = "student" if grid is None else grid
-        times = resolve_grid(sde, grid, 18 if num_steps is None else num_steps, t_end, sigma_data, math.prod(x.shape[1:]), from_prior=True)
+        times = resolve_grid(sde, grid, num_steps, t_end, sigma_data, math.prod(x.shape[1:]), from_prior=True)
         times, t_end = times.astype(dtype), times[-1]
     t_end = check_t_end(sde, t_end) if times is None else t_end
     # A CPU's products are in full precision anyway, and asking for it makes them slower.
     with jax.default_matmul_precision("float32" if jax.default_backend() != "cpu" else None):
         return _solve(
             as_pytree(score_fn), sde, x.astype(dtype), probes, jnp.asarray(t_end, dtype), times, rtol, atol, sigma_data,
-            method=method, max_steps=max_steps,
+            method=method, max_steps=int(max_steps),
             batch_size=None if batch_size is None else int(batch_size),
         )  # fmt: skip
 
@@ -327,7 +332,7 @@ def _runge_kutta(rate, u, probes, start, stop, nodes, rtol, atol, max_steps, bat
 
     solver = {"tsit5": diffrax.Tsit5, "dopri8": diffrax.Dopri8, "heun": diffrax.Heun}[method]()
     if nodes is None:
-        controller = diffrax.PIDController(rtol=rtol, atol=atol, norm=_norm)
+        controller = diffrax.PIDController(rtol=rtol, atol=atol, norm=_norm, dtmin=shortest_step(start, stop), force_dtmin=False)
     else:
         controller, max_steps = diffrax.StepTo(nodes), len(nodes)
 
@@ -344,7 +349,7 @@ def _runge_kutta(rate, u, probes, start, stop, nodes, rtol, atol, max_steps, bat
             stepsize_controller=controller, max_steps=max_steps, throw=False,
         )  # fmt: skip
         u, log_det = (leaf[0] for leaf in solution.ys)
-        return u, log_det, solution.stats["num_steps"], solution.result == diffrax.RESULTS.successful
+        return u, log_det, solution.stats["num_steps"], solution.ts[-1] == stop
 
     u, log_det, steps, success = jax.lax.map(one, (u, probes), batch_size=min(batch_size or len(u), len(u)))
     before, per_step = METHODS[method]

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from sde_diffusion.prediction import lookup, score
-from sde_diffusion.sde import SDE, Number, check, check_log_snr, expand
+from sde_diffusion.prediction import check_process, lookup, score
+from sde_diffusion.sde import SDE, Number, check, check_key, check_log_snr, expand
 from sde_diffusion.times import AdaptiveTimes, Levels, sample_times
 from sde_diffusion.weights import TIME_WEIGHTS, check_weights, loss_weight
 
@@ -41,6 +41,9 @@ def check_floats(x0) -> None:
 
 def weighted_error(score_fn, sde, key, x0, times, weigh, return_times, error=noise_error):
     """weigh(t, importance) error(score_fn, sde, key, x0, t) at random times, `(B,)`; with return_times, (that, t)."""
+    check_process(score_fn, sde)
+    check_key(key)
+    x0 = jnp.asarray(x0)
     check_floats(x0)
     check_log_snr(sde)
     # Noise of half precision is neither centred nor of variance 1.

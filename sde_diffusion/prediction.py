@@ -102,12 +102,13 @@ def as_score(
       sigma_data: standard deviation of the data about its mean: of "edm", and of the samplers' default method and grid.
 
     Raises:
-      ValueError: unknown name; eps- or score-prediction for an SDE with zero terminal SNR, which leaves x0 undefined.
+      ValueError: unknown name; no SDE; sigma_data not positive; eps- or score-prediction for an SDE with zero terminal SNR, which leaves x0 undefined.
     """
     lookup(PREDICTIONS, prediction, "prediction")
     noise_label = noise_label or ("edm" if prediction == "edm" else "t")
     lookup(NOISE_LABELS, noise_label, "noise_label")
-    check(sigma_data > 0, f"sigma_data={sigma_data} must be positive: the standard deviation of the data")
+    check_sigma_data(sigma_data)
+    check_sde(sde, "network, sde")
     if prediction in ("eps", "score") and zero_terminal_snr(sde):
         raise ValueError(
             f"prediction={prediction!r} cannot start from zero terminal SNR (alpha({sde.t_max}) = 0 in {sde}): "
@@ -157,10 +158,24 @@ def zero_terminal_snr(sde: SDE, t=None) -> bool:
         return not isinstance(sde.log_snr(t), jax.core.Tracer) and bool(sde.alpha(t) == 0)
 
 
-def check_process(score_fn, sde: SDE) -> None:
-    """Raises ValueError where `sde` is no process, or a score function knows its own (`score_fn.sde`) and it is another."""
-    example = f"an SDE, as sd.{sde.__name__}()" if isinstance(sde, type) else "an SDE, as sd.VP(); the order of arguments is score_fn, sde, key"
+def check_sigma_data(sigma_data) -> None:
+    """Raises ValueError for what is no number, not positive or not finite; a traced one passes."""
+    number = np.ndim(sigma_data) == 0 and not isinstance(sigma_data, (str, bool))
+    check(
+        number and (sigma_data > 0) & (sigma_data < np.inf),
+        f"sigma_data={sigma_data!r} must be one number, positive and finite: the standard deviation of the data",
+    )
+
+
+def check_sde(sde, order: str = "score_fn, sde, key") -> None:
+    """Raises ValueError where `sde` is no process."""
+    example = f"an SDE, as sd.{sde.__name__}()" if isinstance(sde, type) else f"an SDE, as sd.VP(); the order of arguments is {order}"
     check(isinstance(sde, SDE), f"sde={shown(sde)} must be {example}")
+
+
+def check_process(score_fn, sde) -> None:
+    """Raises ValueError where `sde` is no process, or a score function knows its own (`score_fn.sde`) and it is another."""
+    check_sde(sde)
     other = getattr(score_fn, "sde", None)
     if isinstance(other, SDE) and known(*jax.tree.leaves((other, sde))):
         with jax.ensure_compile_time_eval():

@@ -1,6 +1,7 @@
 """Variance-preserving processes given by their log-SNR, fixed or learned (arXiv:2107.00630 section 3.2 and appendix H)."""
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -44,8 +45,8 @@ class BetweenEnds(_GivenLogSNR):
             )
         if known(self.log_snr_max, self.log_snr_min):
             check(
-                float(self.log_snr_min) < float(self.log_snr_max),
-                f"{type(self).__name__} needs log_snr_min < log_snr_max, got {self.log_snr_min} and {self.log_snr_max}: "
+                -math.inf < float(self.log_snr_min) < float(self.log_snr_max) < math.inf,
+                f"{type(self).__name__} needs finite log_snr_min < log_snr_max, got {self.log_snr_min} and {self.log_snr_max}: "
                 "the log-SNR must fall with t; 13.3 and -5 are usual for 256 grey levels",
             )
 

@@ -83,8 +83,16 @@ def check(condition, message: str):
 
 def shown(value) -> str:
     """A value as an error prints it: on one line, the middle of a long one left out."""
-    text = repr(value)
+    text = " ".join(repr(value).split())
     return text if len(text) <= 100 else f"{text[:60]}...{text[-20:]}"
+
+
+def check_key(key) -> None:
+    """Raises ValueError for what is not one random key."""
+    good = isinstance(key, (jax.Array, np.ndarray)) and (
+        key.ndim == 0 and jnp.issubdtype(key.dtype, jax.dtypes.prng_key) or key.ndim == 1 and key.dtype == np.uint32
+    )
+    check(good, f"key={shown(key)} is not one random key; pass jax.random.key(0)")
 
 
 def check_log_snr(sde: "SDE") -> None:
@@ -120,8 +128,8 @@ class SDE:
     def __post_init__(self):
         if known(self.t_min, self.t_max, self.t_train):
             check(
-                0 < float(self.t_train) <= float(self.t_min) < float(self.t_max),
-                f"{type(self).__name__} needs 0 < t_train <= t_min < t_max, got t_train={self.t_train}, "
+                0 < float(self.t_train) <= float(self.t_min) < float(self.t_max) < math.inf,
+                f"{type(self).__name__} needs 0 < t_train <= t_min < t_max < inf, got t_train={self.t_train}, "
                 f"t_min={self.t_min}, t_max={self.t_max}; set all three to fit",
             )
 
@@ -220,8 +228,8 @@ class _LinearBeta(_UnitPrior, SDE):
         super().__post_init__()
         if known(self.beta_min, self.beta_max):
             check(
-                0 <= float(self.beta_min) < float(self.beta_max),
-                f"{type(self).__name__} needs 0 <= beta_min < beta_max, got beta_min={self.beta_min}, "
+                0 <= float(self.beta_min) < float(self.beta_max) < math.inf,
+                f"{type(self).__name__} needs 0 <= beta_min < beta_max < inf, got beta_min={self.beta_min}, "
                 f"beta_max={self.beta_max}; 0.1 and 20 are usual",
             )
 
@@ -283,8 +291,8 @@ class VE(SDE):
     def _check_sigmas(self):
         if known(self.sigma_min, self.sigma_max):
             check(
-                0 < float(self.sigma_min) < float(self.sigma_max),
-                f"{type(self).__name__} needs 0 < sigma_min < sigma_max, got sigma_min={self.sigma_min}, "
+                0 < float(self.sigma_min) < float(self.sigma_max) < math.inf,
+                f"{type(self).__name__} needs 0 < sigma_min < sigma_max < inf, got sigma_min={self.sigma_min}, "
                 f"sigma_max={self.sigma_max}; 0.01 and 50 are usual",
             )
 

@@ -7,6 +7,7 @@ import pytest
 from oracle import SDES, ZERO_SNR, mixture, moment_z_scores
 
 import sde_diffusion as sd
+from sde_diffusion.samplers import adaptive
 
 MEAN, STD = 0.8, 0.6
 
@@ -69,6 +70,28 @@ def test_adaptive_evaluations_are_counted_right(options, denoise):
     jax.block_until_ready(out)
     jax.effects_barrier()
     assert len(calls) == int(out.evaluations[0])
+
+
+@pytest.mark.parametrize("options", [{}, {"method": "dopri8"}, {"method": "heun"}, {"noise_level": 1.0}])
+def test_a_score_that_is_not_finite_costs_few_evaluations(options):
+    """From some time on, and everywhere. 4,096 steps would be 8,192 evaluations at the least."""
+    for score_fn in (lambda x, t: jnp.where((t < 0.1)[:, None], jnp.nan, -x), lambda x, t: x * jnp.nan):
+        out = sd.sample_adaptive(score_fn, SDES["vp"], jax.random.key(0), (2, 1), **options)
+        assert not out.success.any() and np.isnan(out.samples).all() and out.evaluations.max() < 2000
+
+
+def test_a_last_step_shorter_than_the_shortest_is_none_too_short(monkeypatch):
+    """What is left before the end may be next to nothing: it ends the way all the same."""
+    sde = sd.VE()
+    run = lambda t_end: sd.sample_adaptive(lambda x, t: -x / (0.25 + sde.sigma(t) ** 2)[:, None], sde, jax.random.key(0), (256, 1), t_end=t_end, denoise=False)  # noqa: E731
+    whole = run(0.3)
+    monkeypatch.setattr(adaptive, "shortest_step", lambda t0, t1: 0.02 * jnp.abs(t1 - t0))
+    jax.clear_caches()
+    out = run(0.3)
+    assert whole.success.all() and out.success.all()
+    np.testing.assert_allclose(out.samples, whole.samples, rtol=1e-5)
+    monkeypatch.undo()
+    jax.clear_caches()
 
 
 def test_adaptive_steps_are_each_examples_own():

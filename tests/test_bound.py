@@ -1,4 +1,5 @@
 import dataclasses
+import inspect
 
 import jax
 import jax.numpy as jnp
@@ -230,12 +231,18 @@ def test_a_learned_interior_reaches_the_smallest_variance():
     [
         (lambda: sd.LinearLogSNR(-5.0, 13.0), ["log_snr_min < log_snr_max", "-5.0", "13.0"]),
         (lambda: sd.LinearLogSNR(t_max=1.5), ["t_max <= 1", "1.5"]),
+        (lambda: sd.LinearLogSNR(log_snr_max=np.inf), ["finite", "inf"]),
         (lambda: check_values(sd.LinearLogSNR(5.0, -5.0), Scaler(256).values()), ["is 5,", "raise log_snr_max", "11.1"]),
         (lambda: check_values(SDES["vp"], np.array([0.0, 1.0, 0.5])), ["increasing"]),
         (lambda: check_values(SDES["vp"], np.array([0.0])), ["at least two"]),
         (
             lambda: sd.variational_bound(lambda x, t: -x, SDES["vp"], jax.random.key(0), jnp.zeros((2, 3)), num_steps=0),
             ["num_steps=0", "continuous"],
+        ),
+        (
+            # jaxtyping would stop it under pytest.
+            lambda: inspect.unwrap(sd.variational_bound)(lambda x, t: -x, SDES["vp"], jax.random.key(0), jnp.zeros((2, 3)), num_steps=2.5),
+            ["num_steps=2.5", "an integer of at least 1"],
         ),
         (
             lambda: sd.variational_bound(

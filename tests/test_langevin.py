@@ -71,6 +71,15 @@ def test_too_long_steps_bias_the_variance_as_stated():
     assert abs(float(x.var()) / (0.99**2 / (1 - 0.25)) - 1) < 4 * np.sqrt(2 / 20_000)
 
 
+def test_a_start_below_zero_snr_and_a_traced_step():
+    """Only the levels that are used count: the SDE has zero SNR at t_max, where this does not begin."""
+    sample = lambda step, sde=SDES["vp"]: sd.sample_langevin(  # noqa: E731
+        lambda x, t: -x, sde, jax.random.key(0), (4, 2), init=jnp.ones((4, 2)), grid=jnp.array([0.5, 0.1]), steps_per_level=2, step_size=step
+    )
+    assert np.isfinite(sample(0.2, ZERO_SNR)).all()
+    np.testing.assert_allclose(jax.jit(sample)(0.2), sample(0.2), rtol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

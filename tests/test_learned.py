@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import inspect
 import json
 
 import jax
@@ -188,10 +189,22 @@ def test_the_equations_of_a_fit_are_those_of_the_whole_sampler(less):
     assert np.all(np.abs(matrices.mean(axis=0) - exact) < 5 * error + 1e-4 * np.abs(exact).max())
 
 
-@pytest.mark.parametrize(("options", "words"), [({"nfe": 1}, "nfe=1.*at least 2"), ({"num_states": 3}, "num_states=3.*4096"), ({"t_end": 2.0}, "t_end=2.0"), ({"fine_steps": 8}, "fine_steps=8.*more than nfe=8")])
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"nfe": 1}, "nfe=1.*at least 2"), ({"nfe": "4"}, "nfe='4'.*an integer"), ({"num_states": 3}, "num_states=3.*4096"), ({"t_end": 2.0}, "t_end=2.0"),
+        ({"fine_steps": 8}, "fine_steps=8.*more than nfe=8"), ({"fine_steps": 20.5}, "fine_steps=20.5.*an integer"),
+    ],
+)  # fmt: skip
 def test_a_fit_that_makes_no_sense_is_refused(options, words):
+    """Not through what jaxtyping checks under pytest: as users have it."""
     with pytest.raises(ValueError, match=words):
-        sd.fit_solver(lambda x, t: -x, sd.VP(), jax.random.key(0), (4, 2), progress=False, **options)
+        inspect.unwrap(sd.fit_solver)(lambda x, t: -x, sd.VP(), jax.random.key(0), (4, 2), progress=False, **options)
+
+
+def test_a_fit_inside_a_transformation_is_refused():
+    with pytest.raises(ValueError, match="cannot run inside jax.jit.*call it outside"):
+        jax.eval_shape(lambda key: sd.fit_solver(lambda x, t: -x, sd.VP(), key, (4, 2), progress=False).times, jax.random.key(0))
 
 
 def test_a_fit_to_a_score_that_is_not_finite_is_refused():

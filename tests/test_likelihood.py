@@ -1,3 +1,6 @@
+import functools
+import inspect
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -240,6 +243,24 @@ def test_evaluations_are_few_and_a_bfloat16_network_does_not_stall():
     assert 20 < len(calls) < 600
 
 
+def test_numbers_of_numpy_and_traced_tolerances():
+    oracle, sde = mixture(), SDES["vp"]
+    x, key = oracle.sample(jax.random.key(0), 3), jax.random.key(1)
+    value = functools.partial(sd.log_likelihood, oracle.score_fn(sde), sde, key, x)
+    plain = value(num_probes=2, rtol=1e-3, max_steps=500)
+    # Not through what jaxtyping checks under pytest: as users have it.
+    bare = functools.partial(inspect.unwrap(sd.log_likelihood), oracle.score_fn(sde), sde, key, x)
+    np.testing.assert_array_equal(bare(num_probes=np.int64(2), rtol=np.float64(1e-3), max_steps=np.int64(500)), plain)
+    traced = jax.jit(lambda rtol: value(num_probes=2, rtol=rtol, max_steps=500))(1e-3)
+    np.testing.assert_allclose(traced, plain, rtol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["adams", "tsit5", "dopri8", "heun"])
+def test_a_score_that_is_not_finite_costs_few_evaluations(method):
+    out = sd.log_likelihood(lambda x, t: x * jnp.nan, SDES["vp"], None, jnp.ones((2, 1)), trace="exact", method=method, details=True)
+    assert np.isnan(out.log_prob).all() and out.evaluations.max() < 200
+
+
 def test_an_example_that_runs_out_of_steps_is_nan():
     oracle, sde = mixture(), SDES["vp"]
     x = oracle.sample(jax.random.key(0), 3)
@@ -259,6 +280,10 @@ def test_an_example_that_runs_out_of_steps_is_nan():
         ({"t_end": 2.0}, ["t_end=2.0", "t_train=1e-05", "t_max=1.0", "None"]),
         ({"t_end": 0.0}, ["t_end=0.0", "VP"]),
         ({"key": None}, ["key", "trace='exact'"]),
+        ({"sigma_data": np.inf}, ["sigma_data=inf", "finite"]),
+        ({"sigma_data": np.ones(2)}, ["sigma_data=", "one number"]),
+        ({"grid": jnp.array([0.5, 0.1])}, ["starts at 0.5", "t_max=1.0"]),
+        ({"grid": jnp.array([1.0, 0.1]), "num_steps": 5}, ["num_steps=5", "of 1 steps", "pass one"]),
     ],
 )
 def test_bad_input_is_refused_while_tracing(options, words):

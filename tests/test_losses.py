@@ -229,6 +229,8 @@ def test_jit_and_pmap_give_the_same_numbers():
         (lambda f, s, k, x: sd.sliced_loss(f, s, k, x, probes=0), ["probes=0", "at least 1"]),
         (lambda f, s, k, x: sd.sliced_loss(f, s, k, x, probe="cauchy"), ["'cauchy'", "gaussian, rademacher"]),
         (lambda f, s, k, x: sd.implicit_loss(f, s, k, x, weighting="g2"), ["'g2'", "likelihood, sigma2"]),
+        (lambda f, s, k, x: weighted_error(f, s, 0, x, "uniform", None, False), ["key=0", "jax.random.key(0)"]),
+        (lambda f, s, k, x: weighted_error(f, sd.VP, k, x, "uniform", None, False), ["sde=<class", "an SDE, as sd.VP()"]),
     ],
 )
 def test_bad_input_is_refused_while_tracing(call, words):

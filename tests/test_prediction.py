@@ -1,10 +1,15 @@
 import functools
+import inspect
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from oracle import SDES, ZERO_SNR, mixture
+from quick import QUICK
 
 import sde_diffusion as sd
 from sde_diffusion.prediction import PREDICTIONS, predict
@@ -224,6 +229,34 @@ def test_bad_scores_are_refused_while_tracing(score_fn, words):
         assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda make: make(lambda x, label: x, sd.VP), ["sde=<class", "an SDE, as sd.VP()"]),
+        (lambda make: make(sd.VP(), lambda x, label: x), ["must be an SDE", "network, sde"]),
+        (lambda make: make(lambda x, label: x, sd.VP(), sigma_data="0.5"), ["sigma_data='0.5'", "one number"]),
+        (lambda make: make(lambda x, label: x, sd.VP(), sigma_data=np.ones(2)), ["sigma_data=", "one number"]),
+    ],
+)
+def test_what_a_network_is_wrapped_with_is_checked(call, words):
+    """Not through what jaxtyping checks under pytest: as users have it."""
+    with pytest.raises(ValueError) as error:
+        call(inspect.unwrap(sd.as_score))
+    assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)
+
+
+def test_data_of_numpy_give_no_warnings():
+    """float64, as numpy makes it, in a process without the checks of jaxtyping, in which every warning is an error."""
+    code = """
+import numpy as np, jax, sde_diffusion as sd
+f, vp, key, x = lambda x, t: -x, sd.VP(), jax.random.key(0), np.eye(2)
+for loss in (sd.dsm_loss, sd.weighted_loss, sd.implicit_loss, sd.sliced_loss, sd.variational_bound):
+    loss(f, vp, key, x)
+sd.log_likelihood(f, vp, key, x), sd.encode(f, vp, x), sd.slerp(x, x[::-1], 0.3), sd.dsm_loss(f, vp, key, x.tolist())
+"""
+    subprocess.run([sys.executable, "-W", "error::UserWarning", "-c", code], check=True, env={**os.environ, "XLA_FLAGS": QUICK})
+
+
 def test_a_network_of_the_wrong_shape_is_refused():
     score_fn = sd.as_score(lambda x, label: x[:, :1], SDES["vp"])
     with pytest.raises(ValueError, match=r"network returned shape \(2, 1\).*\(2, 3\)"):
@@ -244,6 +277,10 @@ def test_the_score_of_another_process_is_refused():
     for call in (
         lambda sde: sd.sample_ode(score_fn, sde, jax.random.key(0), (2, 3), num_steps=2),
         lambda sde: sd.log_likelihood(score_fn, sde, jax.random.key(0), jnp.zeros((2, 3)), rtol=0.1, atol=0.1),
+        lambda sde: sd.dsm_loss(score_fn, sde, jax.random.key(0), jnp.zeros((2, 3))),
+        lambda sde: sd.weighted_loss(score_fn, sde, jax.random.key(0), jnp.zeros((2, 3))),
+        lambda sde: sd.implicit_loss(score_fn, sde, jax.random.key(0), jnp.zeros((2, 3))),
+        lambda sde: sd.sliced_loss(score_fn, sde, jax.random.key(0), jnp.zeros((2, 3))),
     ):
         for other in (sd.VE(), sd.VP(beta_max=10.0)):
             with pytest.raises(ValueError, match="the score of VP.*pass the process it was made for"):

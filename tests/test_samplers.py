@@ -549,6 +549,10 @@ def ddim_but(**columns):
         (vp_call(grid=jnp.array([1.0])), ["(1,)", "at least 2"]),
         (vp_call(grid=jnp.array([0.5, 0.1])), ["starts at 0.5", "t_max=1.0", "pass init"]),
         (vp_call(grid=jnp.array([1.0, 0.5]), t_end=0.1), ["t_end=0.1", "pass one"]),
+        (vp_call(grid=jnp.array([1.0, 0.5, 0.1]), num_steps=50), ["num_steps=50", "of 2 steps", "pass one"]),
+        (vp_call(sd.sample_sde, grid=jnp.array([1.0, 0.5, 0.1]), num_steps=3), ["num_steps=3", "of 2 steps", "pass one"]),
+        (vp_call(inspect.unwrap(sd.sample_adaptive), rtol=np.array([1e-3, 1e-2])), ["plain numbers"]),
+        (lambda: check_state(None, SDES["vp"], jax.random.split(jax.random.key(0)), (2, 2), None), ["key=", "jax.random.key(0)"]),
         (vp_call(shape=(4,)), ["(4,)", "(batch, *event)"]),
         (vp_call(shape=(0, 2)), ["(0, 2)", "positive"]),
         (vp_call(init=jnp.ones((3, 2))), ["(3, 2)", "(2, 2)", "equal"]),
@@ -577,6 +581,18 @@ def test_log_snrs_below_minus_20_are_what_they_are(sde, grid, method):
     x = run(score_fn, sde, jax.random.key(0), init.shape, init=init, method=method, num_steps=100, grid=grid, t_end=0.2, denoise=False, **level)
     exact = exact_flow(sde, init, sde.t_max, 0.2)
     assert np.abs(np.asarray(x) - exact).max() < 0.05 * np.abs(exact).max()
+
+
+def test_a_grid_of_ones_own_and_its_number_of_steps():
+    grid = jnp.array([1.0, 0.5, 0.1])
+    for function in (sd.sample_ode, sd.sample_sde, sd.sample_pc):
+        np.testing.assert_array_equal(vp_call(function, grid=grid, num_steps=2)(), vp_call(function, grid=grid)())
+
+
+def test_the_snr_of_a_corrector_may_be_traced():
+    score_fn, key = mixture().score_fn(SDES["vp"]), jax.random.key(0)
+    sample = lambda snr: sd.sample_pc(score_fn, SDES["vp"], key, (4, 2), snr=snr, num_steps=3)  # noqa: E731
+    np.testing.assert_allclose(jax.jit(sample)(0.16), sample(0.16), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("sample", [sd.sample_ode, sd.sample_sde, sd.sample_pc])

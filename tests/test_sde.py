@@ -212,6 +212,9 @@ def test_frozen_and_known_by_name():
         (lambda: sd.VE(sigma_min=60.0), ["sigma_min=60.0", "sigma_max=50.0"]),
         (lambda: sd.VP(t_min=2.0), ["t_min=2.0", "t_max=1.0", "t_train"]),
         (lambda: sd.CosineVP(t_train=0.0), ["CosineVP", "t_train=0.0"]),
+        (lambda: sd.VE(sigma_max=np.inf), ["sigma_max=inf", "sigma_max < inf"]),
+        (lambda: sd.SubVP(beta_max=np.inf), ["beta_max=inf", "beta_max < inf"]),
+        (lambda: sd.VP(t_max=np.inf), ["t_max=inf", "t_max < inf"]),
     ],
 )
 def test_bad_ranges_are_refused(make, words):

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from sde_diffusion.prediction import as_pytree, check_process, lookup, predict
-from sde_diffusion.samplers.grid import check_sigma_data, check_t_end
+from sde_diffusion.prediction import as_pytree, check_process, check_sigma_data, lookup, predict
+from sde_diffusion.samplers.grid import check_t_end
 from sde_diffusion.samplers.integrate import check_noise_level, check_state
 from sde_diffusion.sde import SDE, Number, check, known
 from sde_diffusion.times import lowest_log_snr
@@ -18,6 +18,11 @@ from sde_diffusion.times import lowest_log_snr
 # Evaluations before the first step, and of each step that is tried.
 ODE_METHODS = {"tsit5": (1, 6), "dopri5": (1, 6), "dopri8": (1, 13), "heun": (0, 2)}
 SDE_METHODS = {"shark": (0, 2), "sra1": (0, 2)}
+
+
+def shortest_step(t0, t1):
+    """Below this a step from t0 to t1 is given up, as where the score is not finite: 16 times the rounding of the way."""
+    return 16 * jnp.finfo(jnp.result_type(t0, t1)).eps * jnp.abs(t1 - t0)
 
 
 class AdaptiveSamples(NamedTuple):
@@ -61,7 +66,8 @@ def sample_adaptive(
     Raises:
       ValueError: unknown method, a tolerance or noise level out of range, and as `sample_ode`.
     """
-    check(known(noise_level, rtol, atol), "noise_level, rtol and atol of sample_adaptive must be plain numbers: they choose the program")
+    plain = known(noise_level, rtol, atol) and not any(np.ndim(v) for v in (noise_level, rtol, atol))
+    check(plain, "noise_level, rtol and atol of sample_adaptive must be plain numbers: they choose the program")
     noise_level, rtol, atol = (np.asarray(v).item() for v in (noise_level, rtol, atol))
     check_noise_level(noise_level)
     methods = ODE_METHODS if noise_level == 0 else SDE_METHODS
@@ -139,9 +145,10 @@ def _solve(
             dt0, longest = None, longest_ode
         solution = diffrax.diffeqsolve(
             terms, solver, t0=t0, t1=t1, dt0=dt0, y0=u, max_steps=max_steps, throw=False,
-            stepsize_controller=diffrax.PIDController(rtol=rtol, atol=atol, dtmax=longest),
+            stepsize_controller=diffrax.PIDController(rtol=rtol, atol=atol, dtmin=shortest_step(t0, t1), dtmax=longest, force_dtmin=False),
         )  # fmt: skip
-        success = solution.result == diffrax.RESULTS.successful
+        # Not by `solution.result`: the last step, cut off at the end, may be shorter than the shortest.
+        success = solution.ts[-1] == t1
         return jnp.where(success, solution.ys[0], jnp.nan), solution.stats["num_steps"], success
 
     start, per_step = (SDE_METHODS if stochastic else ODE_METHODS)[method]

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from sde_diffusion.prediction import lookup
+from sde_diffusion.prediction import check_sigma_data, lookup
 from sde_diffusion.samplers.linear import EVENT_SIZE
 from sde_diffusion.sde import SDE, Number, check, known
 from sde_diffusion.times import lowest_log_snr
@@ -230,14 +230,6 @@ def _fill(fn, sde, t_end, sigma_data, event_size, num_steps):
     return grid.at[0].set(t0).at[-1].set(t1)
 
 
-def check_sigma_data(sigma_data) -> None:
-    number = np.ndim(sigma_data) == 0 and not isinstance(sigma_data, (str, bool))
-    check(
-        number and (sigma_data > 0) & (sigma_data < np.inf),
-        f"sigma_data={sigma_data!r} must be one number, positive and finite: the standard deviation of the data",
-    )
-
-
 def check_t_end(sde: SDE, t_end):
     """t_end, or `sde.t_min` for None; a ValueError where it lies outside the SDE's range."""
     if t_end is None:
@@ -253,14 +245,14 @@ def check_t_end(sde: SDE, t_end):
 
 
 def resolve_grid(
-    sde: SDE, grid, num_steps: int, t_end: float | None, sigma_data: Number, event_size: int, from_prior: bool
+    sde: SDE, grid, num_steps: int | None, t_end: float | None, sigma_data: Number, event_size: int, from_prior: bool, usual_steps: int = 18
 ) -> Float[Array, " times"]:
     """A grid by name through `time_grid`, or the given array after a check that it decreases within the SDE's range.
 
-    from_prior: the grid must begin at t_max, where the prior belongs.
+    num_steps: of a grid by name, `usual_steps` by default. from_prior: the grid must begin at t_max, where the prior belongs.
     """
     if isinstance(grid, str):
-        return time_grid(sde, num_steps, grid, t_end, sigma_data, event_size)
+        return time_grid(sde, usual_steps if num_steps is None else num_steps, grid, t_end, sigma_data, event_size)
     times = grid if isinstance(grid, jax.core.Tracer) else np.asarray(grid)
     check(
         times.ndim == 1 and times.shape[0] >= 2 and jnp.issubdtype(times.dtype, np.number) and not jnp.issubdtype(times.dtype, np.complexfloating),
@@ -268,6 +260,10 @@ def resolve_grid(
     )
     if t_end is not None:
         raise ValueError(f"t_end={t_end} and a grid array were both given; the grid's last time is t_end: pass one")
+    check(
+        num_steps in (None, times.shape[0] - 1),
+        f"num_steps={num_steps} and a grid array of {times.shape[0] - 1} steps were both given: pass one",
+    )
     if known(times, sde.t_train, sde.t_max):
         check(bool(np.isfinite(times).all()), "grid holds NaN or infinity; all its times must be numbers")
         check(
@@ -283,6 +279,6 @@ def resolve_grid(
         )
         check(
             not from_prior or times[0] >= sde.t_max * (1 - 1e-6),
-            f"grid starts at {times[0]:g}, but a prior draw belongs to t_max={sde.t_max}: start it there, or pass init",
+            f"grid starts at {times[0]:g}, but the prior belongs to t_max={sde.t_max}: start it there, or pass init to a sampler",
         )
     return jnp.asarray(times, float)

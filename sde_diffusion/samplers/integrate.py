@@ -8,15 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sde_diffusion.prediction import as_pytree, check_process, lookup, zero_terminal_snr
-from sde_diffusion.samplers.grid import check_sigma_data, resolve_grid
+from sde_diffusion.prediction import as_pytree, check_process, check_sigma_data, lookup, zero_terminal_snr
+from sde_diffusion.samplers.grid import resolve_grid
 from sde_diffusion.samplers.linear import Solver, Steps, Table, run
-from sde_diffusion.sde import SDE, check, shown
+from sde_diffusion.sde import SDE, check, check_key, shown
 
 
 def integrate(
     methods: dict[str, Solver], method, score_fn, sde, key, shape, *, num_steps, grid, t_end, init, denoise, return_path,
-    sigma_data, noise_level=None, correct=None, kind="method",
+    sigma_data, noise_level=None, correct=None, kind="method", usual_steps=18,
 ) -> Any:  # fmt: skip
     """Carries a prior draw, or `init`, along the grid with a solver and, after each step, `correct(score_fn, sde, key, x, t)`."""
     solver = method if callable(method) else find(methods, method, kind)
@@ -34,7 +34,7 @@ def integrate(
     if grid is None:
         grid = getattr(solver, "grid", "student")
     size = math.prod(check_shape(shape)[1:])
-    times = resolve_grid(sde, grid, 18 if num_steps is None else num_steps, t_end, sigma_data, size, from_prior=init is None)
+    times = resolve_grid(sde, grid, num_steps, t_end, sigma_data, size, from_prior=init is None, usual_steps=usual_steps)
     # A prior draw belongs to t_max; so may a state, where its time is not known.
     t_start = None if init is None or isinstance(times, jax.core.Tracer) else times[0]
     shape, init = check_state(score_fn, sde, key, shape, init, t_start)
@@ -87,10 +87,7 @@ def check_state(score_fn, sde: SDE, key, shape, init, t_start=None):
             f"a bare score function leaves x0 undefined at zero terminal SNR (alpha({sde.t_max}) = 0): use as_score with "
             "prediction='v' or 'x0', or an SDE with a smaller t_max"
         )
-    good = isinstance(key, (jax.Array, np.ndarray)) and (
-        key.ndim == 0 and jnp.issubdtype(key.dtype, jax.dtypes.prng_key) or key.ndim == 1 and key.dtype == np.uint32
-    )
-    check(good, f"key={shown(key)} is not one random key; pass jax.random.key(0)")
+    check_key(key)
     return shape, init
 
 

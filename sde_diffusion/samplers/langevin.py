@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from sde_diffusion.prediction import as_pytree, check_process, predict, score
+from sde_diffusion.prediction import as_pytree, check_process, check_sigma_data, predict, score
 from sde_diffusion.samplers.grid import resolve_grid
 from sde_diffusion.samplers.integrate import check_shape, check_state
 from sde_diffusion.sde import SDE, Number, check
@@ -58,12 +58,14 @@ def sample_langevin(
         isinstance(steps_per_level, (int, np.integer)) and steps_per_level >= 1,
         f"steps_per_level={steps_per_level} must be an integer of at least 1; 100 is usual",
     )
-    check(0 < step_size < 4, f"step_size={step_size} must be in (0, 4), in units of sigma^2; 0.2 is usual")
+    check((step_size > 0) & (step_size < 4), f"step_size={step_size} must be in (0, 4), in units of sigma^2; 0.2 is usual")
     check_process(score_fn, sde)
     if sigma_data is None:
         sigma_data = getattr(score_fn, "sigma_data", 0.5)
-    times = resolve_grid(sde, grid, num_levels - 1, t_end, sigma_data, math.prod(check_shape(shape)[1:]), from_prior=init is None)
-    shape, init = check_state(score_fn, sde, key, shape, init)
+    check_sigma_data(sigma_data)
+    times = resolve_grid(sde, grid, num_levels - 1 if isinstance(grid, str) else None, t_end, sigma_data, math.prod(check_shape(shape)[1:]), from_prior=init is None)
+    t_start = None if init is None or isinstance(times, jax.core.Tracer) else times[0]
+    shape, init = check_state(score_fn, sde, key, shape, init, t_start)
     return _run(
         as_pytree(score_fn), sde, key, times, init, step_size, shape=shape, steps=steps_per_level, denoise=denoise,
         return_path=return_path,

@@ -195,11 +195,13 @@ def fit_solver(
 
     from tqdm import tqdm
 
-    check(isinstance(nfe, (int, np.integer)) and nfe >= 2, f"nfe={nfe} must be an integer of at least 2; 5 to 20 is usual")
-    check(isinstance(num_states, (int, np.integer)) and num_states >= 16, f"num_states={num_states} must be an integer of at least 16; 4096 is usual")
-    check(isinstance(max_updates, (int, np.integer)) and max_updates >= 1, f"max_updates={max_updates} must be an integer of at least 1; 80 is usual")
-    check(fine_steps > nfe, f"fine_steps={fine_steps} must be more than nfe={nfe}; 100 is usual")
+    check(isinstance(nfe, (int, np.integer)) and nfe >= 2, f"nfe={nfe!r} must be an integer of at least 2; 5 to 20 is usual")
+    check(isinstance(num_states, (int, np.integer)) and num_states >= 16, f"num_states={num_states!r} must be an integer of at least 16; 4096 is usual")
+    check(isinstance(max_updates, (int, np.integer)) and max_updates >= 1, f"max_updates={max_updates!r} must be an integer of at least 1; 80 is usual")
+    check(isinstance(fine_steps, (int, np.integer)) and fine_steps > nfe, f"fine_steps={fine_steps!r} must be an integer of more than nfe={nfe}; 100 is usual")
     check_process(score_fn, sde)
+    traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((key, sde, score_fn, t_end, sigma_data)))
+    check(not traced, "fit_solver compiles what it needs by itself, and cannot run inside jax.jit, vmap or grad: call it outside")
     shape, _ = check_state(score_fn, sde, key, shape, None)
     t_end = check_t_end(sde, t_end)
     sigma_data = getattr(score_fn, "sigma_data", 0.5) if sigma_data is None else sigma_data

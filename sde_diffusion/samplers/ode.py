@@ -388,8 +388,8 @@ def sample_ode(
       num_steps: steps of the grid, 18 by default. Evaluations: num_steps times those of a step, and one more for
         `denoise`.
       grid: "ahead" (the default of adams), "near" (the same with the first evaluation at the prior), "wide" (of adams_eps), "tapered" (of adams_2 to 4), "student" (of
-        most others), "edm", "log_snr", "uniform" or "quadratic" (see `time_grid`), or an array of decreasing times, which replaces num_steps and t_end and does not recompile when its values
-        change.
+        most others), "edm", "log_snr", "uniform" or "quadratic" (see `time_grid`), or an array of decreasing times, instead of num_steps and t_end: other values do not recompile, and traced
+        ones are not checked.
       t_end: where the grid stops, in [t_train, t_max); `sde.t_min` by default.
       init: the state at the first time `(B, *event)` instead of a prior draw.
       denoise: end with one posterior-mean step E[x_0 | x_{t_end}].

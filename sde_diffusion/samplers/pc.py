@@ -64,7 +64,7 @@ def sample_pc(
     *,
     predictor="reverse_diffusion",
     corrector: str | None = "langevin",
-    snr: float = 0.16,
+    snr: Number = 0.16,
     corrector_steps: int = 1,
     num_steps: int | None = None,
     grid: str | Float[Array, " times"] | None = None,
@@ -97,12 +97,12 @@ def sample_pc(
         isinstance(corrector_steps, (int, np.integer)) and corrector_steps >= 0,
         f"corrector_steps={corrector_steps} must be an integer of at least 0; 1 is usual",
     )
-    check((snr > 0) & (snr < 1) or corrector is None, f"snr={snr} must be in (0, 1), where Langevin steps are stable; 0.16 is usual")
+    check(corrector is None or (snr > 0) & (snr < 1), f"snr={snr} must be in (0, 1), where Langevin steps are stable; 0.16 is usual")
     rule = None if corrector is None else lookup(CORRECTORS, corrector, "corrector")
     correct = Langevin(snr, rule, int(corrector_steps)) if rule and corrector_steps else None
-    if not hasattr(predictor, "times"):
-        num_steps, grid = 1000 if num_steps is None else num_steps, "uniform" if grid is None else grid
+    if grid is None and not hasattr(predictor, "times"):
+        grid = "uniform"
     return integrate(
         PREDICTORS, predictor, score_fn, sde, key, shape, num_steps=num_steps, grid=grid, t_end=t_end, init=init,
-        denoise=denoise, return_path=return_path, sigma_data=sigma_data, noise_level=1.0, correct=correct, kind="predictor",
+        denoise=denoise, return_path=return_path, sigma_data=sigma_data, noise_level=1.0, correct=correct, kind="predictor", usual_steps=1000,
     )  # fmt: skip

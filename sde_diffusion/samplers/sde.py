@@ -128,7 +128,7 @@ def sample_sde(
     shape: tuple[int, ...],
     *,
     method="euler_maruyama",
-    num_steps: int = 1000,
+    num_steps: int | None = None,
     grid: str | Float[Array, " times"] | None = None,
     t_end: float | None = None,
     init: Float[Array, "b ..."] | None = None,
@@ -146,7 +146,7 @@ def sample_sde(
       key: draws the prior sample and the noise of all steps, at the global shape.
       shape: `(B, *event)`.
       method: a name that `sd.solvers("sde")` lists, or a function from `Steps` to a `Table` (`samplers.linear` has an example).
-      num_steps: steps of the grid. Evaluations: num_steps times those of a step, and one more for `denoise`.
+      num_steps: steps of the grid, 1,000 by default. Evaluations: num_steps times those of a step, and one more for `denoise`.
       grid, t_end, init, sigma_data: as in `sample_ode`.
       denoise: end with one posterior-mean step E[x_0 | x_{t_end}], which removes the last step's noise. False returns
         a draw from the marginal at t_end, noise included.
@@ -165,5 +165,5 @@ def sample_sde(
     check(not hasattr(method, "times"), "a fitted solver is deterministic: pass it to sample_ode")
     return integrate(
         METHODS, method, score_fn, sde, key, shape, num_steps=num_steps, grid=grid, t_end=t_end, init=init, denoise=denoise,
-        return_path=return_path, sigma_data=sigma_data, noise_level=noise_level,
+        return_path=return_path, sigma_data=sigma_data, noise_level=noise_level, usual_steps=1000,
     )  # fmt: skip
