@@ -142,7 +142,7 @@ def test_the_start_of_a_fit_is_exact_for_a_gaussian(sde, nfe, less):
     mean, s, shape = np.array([3.0, -1.0], np.float32), 0.4, (8, 2)
     oracle = sd.GaussianMixture.gaussian(mean, s**2 * np.eye(2))
     family = learned._Family(sde, nfe, s, 64, time_grid(sde, nfe + less, sigma_data=s))
-    table, times = family.build(family.start())
+    table, times = jax.jit(family.build)(family.start())
     assert len(table.time) == nfe and float(times[0]) == sde.t_max and (float(table.time[0]) < 0.999 * sde.t_max) == bool(less)
     x = sde.prior_sample(jax.random.key(0), shape)
     alpha, sigma = (np.asarray(f(times), np.float64)[[0, -1]] for f in (sde.alpha, sde.sigma))
@@ -229,7 +229,7 @@ def test_a_fit_goes_on_with_the_better_of_two_starts(monkeypatch):
     def descend(family, *_):
         """A start from t_max that is the better one, as errors are told here; each update adds 1 to the factors of the state."""
         ahead = len(family.times) == 6
-        table, times = family.build(family.start())
+        table, times = jax.jit(family.build)(family.start())
         for update in range(1, 20):
             taken.append(ahead)
             errors = np.full(8, 1e-9 / update * (2 if ahead else 1))
@@ -267,7 +267,7 @@ def test_the_errors_that_a_descent_tells_are_those_of_its_solver():
 def test_a_state_whose_score_is_not_finite_counts_as_infinitely_far():
     sde = sd.VP()
     family = learned._Family(sde, 5, 0.5, 2, time_grid(sde, 6, event_size=2))
-    solver, x = family.build(family.start()), jnp.array([[[9.0, 0.0], [0.1, 0.0]]])
+    solver, x = jax.jit(family.build)(family.start()), jnp.array([[[9.0, 0.0], [0.1, 0.0]]])
     score_fn = as_pytree(lambda x, t: jnp.where(x > 5, jnp.nan, -x))
     errors = learned._of_states(*solver, score_fn, sde, jnp.zeros(2), (x, jnp.zeros_like(x)))
     assert errors[0] == np.inf and np.isfinite(errors[1])
@@ -318,8 +318,8 @@ def test_a_fit_to_a_network_of_eps_starts_from_its_default_and_goes_on():
     network, std = eps_network(sde)
     times = time_grid(sde, 6, "wide", sigma_data=std, event_size=16)
     family = learned._Family(sde, 6, std, 16, times, "adams_eps")
-    table, _ = family.build(family.start())
-    rule = ode.METHODS["adams_eps"](Steps.of(sde, times, std, 16))
+    table, _ = jax.jit(family.build)(family.start())
+    rule = jax.jit(lambda: ode.METHODS["adams_eps"](Steps.of(sde, times, std, 16)))()
     np.testing.assert_allclose(table.time, rule.time, rtol=1e-5)
     np.testing.assert_allclose(table.state, rule.state, rtol=1e-4)
     np.testing.assert_allclose(table.history[:, : rule.history.shape[1]], rule.history, rtol=2e-3, atol=2e-3)
