@@ -1,6 +1,6 @@
 """Every solver's error over its number of network evaluations, on problems whose solutions are known.
 
-    python -m experiments.solvers [--bench=FOLDER] [--out=FOLDER] [--learned] [--mixtures=N] [--fields=N] [--first=100] [--plane] [--images] [--large] [--states=256]
+    python -m experiments.solvers [--bench=FOLDER] [--out=FOLDER] [--learned] [--mixtures=N] [--fields=N] [--first=100] [--plane] [--tables] [--images] [--large] [--states=256]
 
 The main problem is a 10-component Gaussian mixture in 64 dimensions, fitted to the handwritten digits, under VE noise from 80 to
 0.002; the error is the root-mean-square distance of the end points to those of the exact flow. With --bench the mixture, the
@@ -9,7 +9,8 @@ mixture is fitted by scikit-learn, and an 8th-order adaptive solver gives the en
 (torch, diffusers), diffusers' solvers run on the same states. With --mixtures the default solver, and with --learned as well
 fitted ones, run on N random mixtures in 2 to 128 dimensions under VE and VP noise, of seeds from --first on, beside the best of diffusers'
 solvers; with --fields on N mixtures whose variances fall by a power of the frequency, as those of photographs do; with --plane on small tight
-clusters in one and two dimensions; with --images on mixtures fitted to MNIST and CIFAR-10, which TensorFlow Datasets has to hold.
+clusters in one and two dimensions; with --tables on mixtures fitted to the data sets inside scikit-learn; with --images on mixtures fitted to
+MNIST and CIFAR-10, which TensorFlow Datasets has to hold.
 Prints tables, writes solvers.json and solvers.png to --out.
 """
 
@@ -81,15 +82,48 @@ def digits(bench: Path | None) -> Problem:
         z, x = np.load(bench / "gmm_digits.npz"), np.load(bench / "gmm_digits_x.npy")
         covariances = np.einsum("kij,kj,klj->kil", z["Q"], z["lam"], z["Q"])
         return Problem(str(bench), ve(), sd.GaussianMixture(z["w"], z["mu"], covariances), x[0], x[1])
-    from sklearn.datasets import load_digits
     from sklearn.mixture import GaussianMixture
 
-    rng = np.random.default_rng(0)
-    pixels = load_digits().data
-    pixels = (pixels + rng.uniform(size=pixels.shape)) / 8.5 - 1
+    pixels, rng = _pixels()
     fit = GaussianMixture(10, reg_covar=1e-3, random_state=0).fit(pixels)
     start = SIGMA_MAX * rng.standard_normal((256, 64))
     return solve("scikit-learn's mixture of the digits", ve(), fit.weights_, fit.means_, fit.covariances_, start)
+
+
+def _pixels():
+    """The digits, dequantized, `(1797, 64)`, and the generator that has done it."""
+    from sklearn.datasets import load_digits
+
+    rng = np.random.default_rng(0)
+    pixels = load_digits().data
+    return (pixels + rng.uniform(size=pixels.shape)) / 8.5 - 1, rng
+
+
+def tables(num: int = 256):
+    """Problems of `num` states: mixtures fitted to the data sets inside scikit-learn, in 4 to 64 dimensions, under all kinds of noise."""
+    from sklearn import datasets
+    from sklearn.decomposition import PCA
+    from sklearn.mixture import GaussianMixture
+
+    pixels, _ = _pixels()
+
+    def main(dim):
+        return PCA(dim, random_state=0).fit_transform(pixels)
+
+    def scaled(load):
+        x = load().data
+        return 0.5 * (x - x.mean(axis=0)) / x.std(axis=0)
+
+    kinds = {
+        "digits, 10, VP": (pixels, 10, sd.VP()), "digits, 10, sub-VP": (pixels, 10, sd.SubVP()), "digits, 3, VE": (pixels, 3, ve()),
+        "digits, 1, VE": (pixels, 1, ve()), "digits in 32d, 5, VE": (main(32), 5, ve()), "digits in 16d, 10, VP": (main(16), 10, sd.VP()),
+        "digits in 8d, 10, cosine": (main(8), 10, sd.CosineVP()), "breast cancer, 4, VP": (scaled(datasets.load_breast_cancer), 4, sd.VP()),
+        "wine, 3, VE": (scaled(datasets.load_wine), 3, ve()), "iris, 3, VP": (scaled(datasets.load_iris), 3, sd.VP()),
+    }  # fmt: skip
+    for name, (x, components, sde) in kinds.items():
+        fit = GaussianMixture(components, reg_covar=1e-3, random_state=0).fit(x)
+        start = np.asarray(sde.prior_sample(jax.random.key(11), (num, x.shape[1])), np.float64)
+        yield solve(name, sde, fit.weights_, fit.means_, fit.covariances_, start)
 
 
 def random_mixture(seed: int, num: int = 256) -> Problem:
@@ -368,12 +402,14 @@ def main():
     parser.add_argument("--fields", type=int, default=0, help="also this many mixtures with the spectra of photographs; needs the extra bench")
     parser.add_argument("--first", type=int, default=100, help="seed of the first of each of these")
     parser.add_argument("--plane", action="store_true", help="also clusters in one and two dimensions; needs the extra bench")
+    parser.add_argument("--tables", action="store_true", help="also mixtures fitted to the data sets inside scikit-learn; needs the extra bench")
     parser.add_argument("--states", type=int, default=256, help="of each of these mixtures; a few of them, near the divide of far clusters, rule its error")
     parser.add_argument("--images", action="store_true", help="also mixtures fitted to MNIST and CIFAR-10, which are read by TensorFlow Datasets; needs the extra bench")
     parser.add_argument("--large", action="store_true", help="also Gaussians in the dimensions of large images, without fits; needs the extra bench")
     options = parser.parse_args()
-    if (options.mixtures > 0 or options.fields > 0 or options.plane or options.images or options.large) and importlib.util.find_spec("diffusers") is None:
-        parser.error("--mixtures, --fields, --plane, --images and --large compare with diffusers, which is not installed: pip install -e '.[bench]'")
+    more = options.mixtures > 0 or options.fields > 0 or options.plane or options.tables or options.images or options.large
+    if more and importlib.util.find_spec("diffusers") is None:
+        parser.error("--mixtures, --fields, --plane, --tables, --images and --large compare with diffusers, which is not installed: pip install -e '.[bench]'")
     if options.images:
         try:  # before the minutes that the others take
             for name in ("cifar10", "mnist"):
@@ -410,6 +446,7 @@ def main():
         fields = (random_field(seed, min(options.states, 64)) for seed in range(options.first, options.first + options.fields))
         unseen |= generality(fields, options.learned)
     unseen |= generality(clusters_in_the_plane(options.states), options.learned) if options.plane else {}
+    unseen |= generality(tables(options.states), options.learned) if options.tables else {}
     unseen |= generality(images(min(options.states, 64)), options.learned) if options.images else {}
     unseen |= generality(large(), False) if options.large else {}
     options.out.mkdir(parents=True, exist_ok=True)
