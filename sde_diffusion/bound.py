@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from sde_diffusion.losses import check_floats, noise_error
-from sde_diffusion.prediction import check_process
+from sde_diffusion.prediction import check_process, check_sde
 from sde_diffusion.schedules import Tangent
 from sde_diffusion.sde import SDE, check, check_key, check_log_snr, known
 from sde_diffusion.times import LOWEST_LOG_SNR, AdaptiveTimes, low_discrepancy, sample_times
@@ -60,7 +60,7 @@ def variational_bound(
       the density of x0.
 
     Raises:
-      ValueError: integer data, num_steps < 1, values that do not increase, or a log-SNR at t_train too low to tell them apart.
+      ValueError: integer data, no random key, the score of another SDE, num_steps < 1, values that do not increase, or a log-SNR at t_train too low to tell them apart.
     """
     whole = num_steps is None or (isinstance(num_steps, (int, np.integer)) and num_steps >= 1)
     check(whole, f"num_steps={num_steps!r} must be an integer of at least 1, or None for continuous time")
@@ -133,8 +133,9 @@ def check_values(sde: SDE, values: Values, x0=None) -> None:
         )
 
 
-def _checked(sde: SDE, values: Values, key, x0) -> Array:
+def _checked(sde, values: Values, key, x0) -> Array:
     """x0 in at least float32, in which noise is centred and of variance 1, after the checks of everything."""
+    check_sde(sde)
     check_key(key)
     x0 = jnp.asarray(x0)
     check_floats(x0)

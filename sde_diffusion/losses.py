@@ -92,7 +92,7 @@ def dsm_loss(
       The loss of each example `(B,)`, summed over event axes; with `return_times` also the times `(B,)`.
 
     Raises:
-      ValueError: unknown name, integer data, or a weighting or score of the wrong shape or dtype.
+      ValueError: unknown name, integer data, no random key, the score of another SDE, or a weighting or score of the wrong shape or dtype.
     """
     weigh = score_matching_weight(sde, weighting, times)
     return weighted_error(score_fn, sde, key, x0, times, weigh, return_times)

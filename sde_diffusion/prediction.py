@@ -160,7 +160,7 @@ def zero_terminal_snr(sde: SDE, t=None) -> bool:
 
 def check_sigma_data(sigma_data) -> None:
     """Raises ValueError for what is no number, not positive or not finite; a traced one passes."""
-    number = np.ndim(sigma_data) == 0 and not isinstance(sigma_data, (str, bool))
+    number = np.ndim(sigma_data) == 0 and sigma_data is not None and not isinstance(sigma_data, (str, bool))
     check(
         number and (sigma_data > 0) & (sigma_data < np.inf),
         f"sigma_data={sigma_data!r} must be one number, positive and finite: the standard deviation of the data",

@@ -256,6 +256,19 @@ def test_numbers_of_numpy_and_traced_tolerances():
 
 
 @pytest.mark.parametrize("method", ["adams", "tsit5", "dopri8", "heun"])
+def test_short_steps_are_taken_where_data_are_thin(method):
+    """A coordinate that hardly varies: near the data steps are far shorter than the rounding of the whole way, pi / 2."""
+    sde, variances, t = sd.SubVP(), np.array([0.25, 1e-10]), 1e-3
+    oracle = sd.GaussianMixture.gaussian(np.zeros(2), np.diag(variances))
+    alpha, sigma = float(sde.alpha(t)), float(sde.sigma(t))
+    spread = alpha**2 * variances + sigma**2
+    x = (np.sqrt(spread) * np.random.default_rng(0).standard_normal((8, 2))).astype(np.float32)
+    exact = -0.5 * (x.astype(np.float64) ** 2 / spread + np.log(2 * np.pi * spread)).sum(axis=1)
+    value = sd.log_likelihood(oracle.score_fn(sde), sde, None, jnp.asarray(x), trace="exact", method=method, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(value, exact, atol=0.02)
+
+
+@pytest.mark.parametrize("method", ["adams", "tsit5", "dopri8", "heun"])
 def test_a_score_that_is_not_finite_costs_few_evaluations(method):
     out = sd.log_likelihood(lambda x, t: x * jnp.nan, SDES["vp"], None, jnp.ones((2, 1)), trace="exact", method=method, details=True)
     assert np.isnan(out.log_prob).all() and out.evaluations.max() < 200

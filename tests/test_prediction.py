@@ -236,6 +236,7 @@ def test_bad_scores_are_refused_while_tracing(score_fn, words):
         (lambda make: make(sd.VP(), lambda x, label: x), ["must be an SDE", "network, sde"]),
         (lambda make: make(lambda x, label: x, sd.VP(), sigma_data="0.5"), ["sigma_data='0.5'", "one number"]),
         (lambda make: make(lambda x, label: x, sd.VP(), sigma_data=np.ones(2)), ["sigma_data=", "one number"]),
+        (lambda make: make(lambda x, label: x, sd.VP(), sigma_data=None), ["sigma_data=None", "one number"]),
     ],
 )
 def test_what_a_network_is_wrapped_with_is_checked(call, words):

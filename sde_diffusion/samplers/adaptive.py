@@ -20,9 +20,9 @@ ODE_METHODS = {"tsit5": (1, 6), "dopri5": (1, 6), "dopri8": (1, 13), "heun": (0,
 SDE_METHODS = {"shark": (0, 2), "sra1": (0, 2)}
 
 
-def shortest_step(t0, t1):
-    """Below this a step from t0 to t1 is given up, as where the score is not finite: 16 times the rounding of the way."""
-    return 16 * jnp.finfo(jnp.result_type(t0, t1)).eps * jnp.abs(t1 - t0)
+def shortest_step(size):
+    """Below this a step is given up, as where the score is not finite: 16 times the rounding of a number of this size."""
+    return 16 * jnp.finfo(jnp.result_type(size)).eps * jnp.abs(size)
 
 
 class AdaptiveSamples(NamedTuple):
@@ -30,7 +30,7 @@ class AdaptiveSamples(NamedTuple):
 
     samples: Float[Array, "b ..."]
     evaluations: Int[Array, " b"]  # of the network, for each example, rejected steps and `denoise` included
-    success: Bool[Array, " b"]  # False where max_steps were not enough, or the score is not finite; the sample is then nan
+    success: Bool[Array, " b"]  # False where max_steps were not enough, or no step was short enough, as where the score is not finite; the sample is then nan
 
 
 def sample_adaptive(
@@ -138,14 +138,16 @@ def _solve(
             terms = diffrax.MultiTerm(diffrax.ODETerm(drift), diffrax.ControlTerm(diffusion, path))
             # diffrax cannot choose an SDE's first step.
             t0, t1, dt0, longest = first, last, 0.01 * (last - first), None
+            shortest = shortest_step(last - first)
         else:
             kinds = {"tsit5": diffrax.Tsit5, "dopri5": diffrax.Dopri5, "dopri8": diffrax.Dopri8, "heun": diffrax.Heun}
             solver, terms = kinds[method](), diffrax.ODETerm(ode)
             t0, t1 = (jnp.arcsinh(jnp.exp(-half_log_snr) / s).astype(x.dtype) for half_log_snr in (first, last))
             dt0, longest = None, longest_ode
+            shortest = shortest_step(t1)  # the end is where the numbers, and what the data has of structure, are smallest
         solution = diffrax.diffeqsolve(
             terms, solver, t0=t0, t1=t1, dt0=dt0, y0=u, max_steps=max_steps, throw=False,
-            stepsize_controller=diffrax.PIDController(rtol=rtol, atol=atol, dtmin=shortest_step(t0, t1), dtmax=longest, force_dtmin=False),
+            stepsize_controller=diffrax.PIDController(rtol=rtol, atol=atol, dtmin=shortest, dtmax=longest, force_dtmin=False),
         )  # fmt: skip
         # Not by `solution.result`: the last step, cut off at the end, may be shorter than the shortest.
         success = solution.ts[-1] == t1

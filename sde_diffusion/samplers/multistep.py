@@ -70,7 +70,7 @@ def adams(
 
     num, dtype = u.shape[0], u.dtype
     sizes = [num] if batch_size is None else [size for size in (min(batch_size, num), min(batch_size, num) // 4) if size]
-    rounding = 16 * jnp.finfo(dtype).eps * (stop - start)
+    eps = jnp.finfo(dtype).eps
     if times is not None:
         max_steps = len(times)
     # The first evaluation, at the start, is a step of length 0: a program holds the network once.
@@ -125,8 +125,8 @@ def adams(
             factor = jnp.where(fresh, 1.0, jnp.where(jnp.isnan(factor), 0.3, factor))
         moved = accept & ~fresh
         last = last & accept
-        # Whether the step has shrunk to nothing: the rate is not finite there.
-        lost = ~accept & ~c.done & (c.step * factor < rounding)
+        # Whether the step has shrunk to nothing beside y: the rate is not finite there.
+        lost = ~accept & ~c.done & (c.step * factor < 16 * eps * jnp.maximum(jnp.abs(was[:, 0]), eps * (stop - start)))
         integral = c.integral + jnp.where((c.count > 1)[:, None], before, 0.0) + jnp.where(last[:, None], newest, 0.0)
         chosen = ((moved, u, c.u), (moved, integral, c.integral), (moved, nodes, c.times), (accept, slopes[:, :ORDER], c.slopes),
                   (accept, densities, c.densities), (moved, error, c.error), (accept, factor, c.factor))  # fmt: skip
