@@ -60,7 +60,8 @@ def variational_bound(
       the density of x0.
 
     Raises:
-      ValueError: integer data, no random key, the score of another SDE, num_steps < 1, values that do not increase, or a log-SNR at t_train too low to tell them apart.
+      ValueError: integer data, no random key, the score of another SDE, num_steps < 1, values that do not increase, or a log-SNR at
+        t_train too low to tell them apart.
     """
     whole = num_steps is None or (isinstance(num_steps, (int, np.integer)) and num_steps >= 1)
     check(whole, f"num_steps={num_steps!r} must be an integer of at least 1, or None for continuous time")
@@ -133,9 +134,8 @@ def check_values(sde: SDE, values: Values, x0=None) -> None:
         )
 
 
-def _checked(sde, values: Values, key, x0) -> Array:
+def _checked(sde: SDE, values: Values, key, x0) -> Array:
     """x0 in at least float32, in which noise is centred and of variance 1, after the checks of everything."""
-    check_sde(sde)
     check_key(key)
     x0 = jnp.asarray(x0)
     check_floats(x0)
@@ -164,6 +164,7 @@ def bound_gradients(
     Raises:
       ValueError: as `variational_bound`.
     """
+    check_sde(sde, "make_score, params, sde")
     x0 = _checked(sde, values, key, x0)
     key_t, key_eps, key_decoder = jax.random.split(key, 3)
     batch = x0.shape[0]

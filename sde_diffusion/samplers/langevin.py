@@ -63,7 +63,8 @@ def sample_langevin(
     if sigma_data is None:
         sigma_data = getattr(score_fn, "sigma_data", 0.5)
     check_sigma_data(sigma_data)
-    times = resolve_grid(sde, grid, num_levels - 1 if isinstance(grid, str) else None, t_end, sigma_data, math.prod(check_shape(shape)[1:]), from_prior=init is None)
+    num_steps, size = num_levels - 1 if isinstance(grid, str) else None, math.prod(check_shape(shape)[1:])
+    times = resolve_grid(sde, grid, num_steps, t_end, sigma_data, size, from_prior=init is None)
     t_start = None if init is None or isinstance(times, jax.core.Tracer) else times[0]
     shape, init = check_state(score_fn, sde, key, shape, init, t_start)
     return _run(
