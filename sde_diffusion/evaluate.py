@@ -91,11 +91,11 @@ def make_sampler(config: ConfigDict, mesh, event_shape: tuple[int, ...]):
 
 
 def fit_solver(config: ConfigDict, workdir: Path, params, event_shape: tuple[int, ...]) -> Path:
-    """Fits a solver of `sample.num_steps` evaluations to the network, and writes it to `workdir/solver_NFE.json`."""
+    """Fits a solver of `sample.num_steps` evaluations to the network, on `sample.fit_states` prior draws, and writes it to `workdir/solver_NFE.json`."""
     c = config.sample
     solver = samplers.fit_solver(
         configs.build_score(config, params), configs.build_sde(config, params), jax.random.key(c.seed),
-        (min(c.batch_size, 32), *event_shape), nfe=c.num_steps, t_end=c.t_end, num_states=1024,
+        (min(c.batch_size, 32), *event_shape), nfe=c.num_steps, t_end=c.t_end, num_states=c.fit_states,
         seconds=c.fit_seconds,
     )  # fmt: skip
     facts = json.loads(solver.facts)

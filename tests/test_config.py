@@ -59,6 +59,7 @@ BAD = [
     (("loss", "name", "mse"), ["mse", "dsm"]),
     (("prediction", "kind", "noise"), ["noise", "eps"]),
     (("sample", "num_steps", 0), ["sample.num_steps=0", "at least 1"]),
+    (("sample", "fit_states", 15), ["sample.fit_states=15", "at least 16"]),
     (("train", "batch_size", -4), ["train.batch_size=-4", "at least 1"]),
     (("sample", "t_end", 2.0), ["t_end=2.0", "range", "None"]),
     (("eval", "t_end", 0.0), ["t_end=0.0", "range"]),

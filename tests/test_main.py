@@ -142,8 +142,10 @@ def test_a_run_is_sampled_where_its_data_are_not(workdir, without_data):
 @pytest.mark.slow
 def test_a_solver_is_fitted_to_a_run_where_its_data_are_not_and_samples_from_it(without_data):
     workdir = without_data
-    done = run(f"--workdir={workdir}", "--mode=fit_solver", "--config.sample.num_steps=3", "--config.sample.fit_seconds=1e-3")
+    few = ["--config.sample.num_steps=3", "--config.sample.fit_states=40", "--config.sample.fit_seconds=1e-3"]
+    done = run(f"--workdir={workdir}", "--mode=fit_solver", *few)
     assert done.returncode == 0, done.stderr[-3000:]
+    assert "on 8 held-out states" in done.stdout  # a quarter, in whole batches of 8
     assert "updates: 1, ended by the time limit: a larger sample.fit_seconds than 0.001 may pay" in done.stdout
     solver = workdir / "solver_3.json"
     assert f"--mode=sample --config.sample.method={solver}" in done.stdout
