@@ -274,11 +274,11 @@ def test_the_real_data_train(name, extra, tmp_path):
     done = run(
         f"--workdir={tmp_path}", f"--config={ROOT / 'configs' / (name + '.py')}", *TINY[1:], "--config.model.num_blocks=1",
         "--config.model.multipliers=(1,1)",
-        "--config.train.num_steps=80", "--config.train.log_every=10", "--config.optim.warmup_steps=5", "--config.optim.lr=2e-3",
-        "--config.train.sample_every=80", "--config.train.checkpoint_every=80",
+        "--config.train.num_steps=60", "--config.train.log_every=10", "--config.optim.warmup_steps=5", "--config.optim.lr=2e-3",
+        "--config.train.sample_every=60", "--config.train.checkpoint_every=60",
         *extra,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     losses = [json.loads(line)["loss"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert losses[-1] < 0.9 * losses[0]
-    assert list((tmp_path / "samples").glob("step80_*.png"))
+    assert list((tmp_path / "samples").glob("step60_*.png"))
