@@ -95,7 +95,7 @@ def defaults() -> dict[str, Any]:
             "denoise": True,
             "num": 1024,
             "batch_size": 512,
-            "fit_states": 1024,  # prior draws of --mode=fit_solver: fewer for large networks on a CPU
+            "fit_states": 1024,  # prior draws of --mode=fit_solver, in whole batches of 32, a quarter held out: fewer for large networks on a CPU
             "fit_seconds": 240.0,  # limit of --mode=fit_solver, fine solutions not counted: more for large networks on a CPU
             "seed": 0,
         },

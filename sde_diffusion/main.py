@@ -268,8 +268,8 @@ def start(values: flags.FlagValues = flags.FLAGS) -> Start:
                     "these changes"
                 )
         n = config.sample.num_steps
-        if values.mode == "fit_solver" and not 2 <= n <= 1000:
-            raise ValueError(f"sample.num_steps={n}: --mode=fit_solver needs 2 to 1,000 evaluations; 5 to 20 is usual")
+        if values.mode == "fit_solver" and not 2 <= n < 100:
+            raise ValueError(f"sample.num_steps={n}: --mode=fit_solver needs 2 to 99 evaluations, fewer than its fine solutions have; 5 to 20 is usual")
         facts = None if step is None else data.read_facts(workdir / "data.json")
         # Neither needs an example, but that a picture of points in the plane shows them beside the data.
         if facts and (values.mode == "fit_solver" or (values.mode == "sample" and facts["shape"] != [2])):

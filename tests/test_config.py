@@ -60,6 +60,7 @@ BAD = [
     (("prediction", "kind", "noise"), ["noise", "eps"]),
     (("sample", "num_steps", 0), ["sample.num_steps=0", "at least 1"]),
     (("sample", "fit_states", 15), ["sample.fit_states=15", "at least 16"]),
+    (("sample", "fit_states", 10**9), ["sample.fit_states=1000000000", "at most 10,000,000"]),
     (("train", "batch_size", -4), ["train.batch_size=-4", "at least 1"]),
     (("sample", "t_end", 2.0), ["t_end=2.0", "range", "None"]),
     (("eval", "t_end", 0.0), ["t_end=0.0", "range"]),

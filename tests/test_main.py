@@ -183,6 +183,7 @@ BAD = [
     (["--config.sample.method=heunn"], ["heunn", "ddim"]),
     (["--config.data.name=cifar1O"], ["cifar1O"]),
     (["--config.sample.num_steps=0"], ["num_steps=0", "at least 1"]),
+    (["--mode=fit_solver", "--config.sample.num_steps=100"], ["num_steps=100", "2 to 99"]),
     (["--config.optim.lr=0.5"], ["another config", "optim.lr: 0.001 -> 0.5"]),
     (["--config.optim.lr=fast"], ["fast"]),
     (["--config.optim.warmup_steps=many"], ["--config.optim.warmup_steps=many", "int"]),
