@@ -369,9 +369,7 @@ def read_npz(path: pathlib.Path, keys: Sequence[str]) -> dict[str, np.ndarray]:
 def _held_out(count: int, seed: int, name: str) -> tuple[np.ndarray, np.ndarray]:
     """Sorted row numbers of the training part and of the seeded held-out tenth."""
     if count < 2:
-        raise ValueError(
-            f"{name} has {count} example(s); expected at least 2, one of them is held out"
-        )
+        raise ValueError(f"{name} has {count} example(s): at least 2 are needed, one of them held out; set data.name to a larger data set")
     order = np.random.RandomState(seed).permutation(count)
     size = max(1, count // 10)
     return np.sort(order[size:]), np.sort(order[:size])

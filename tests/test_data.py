@@ -315,7 +315,7 @@ def test_npz_of_vectors(tmp_path):
         ({"train": np.zeros((3, 4, 4))}, ["float64 (3, 4, 4)", "expected uint8 images"]),
         ({"train": np.zeros((3, 4, 4, 2), np.uint8)}, ["(3, 4, 4, 2)", "C = 1 or 3"]),
         ({"train": np.zeros((0, 4, 4), np.uint8)}, ["(0, 4, 4)"]),
-        ({"train": np.zeros((1, 4, 4), np.uint8)}, ["1 example", "at least 2"]),
+        ({"train": np.zeros((1, 4, 4), np.uint8)}, ["1 example", "at least 2", "set data.name"]),
         ({"train": np.full((3, 2), np.nan)}, ["NaN"]),
         ({"train": np.array([{}], object)}, ["pickled", "numpy.savez"]),
         (
