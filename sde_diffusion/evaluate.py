@@ -91,7 +91,10 @@ def make_sampler(config: ConfigDict, mesh, event_shape: tuple[int, ...]):
 
 
 def fit_solver(config: ConfigDict, workdir: Path, params, event_shape: tuple[int, ...]) -> Path:
-    """Fits a solver of `sample.num_steps` evaluations to the network, on `sample.fit_states` prior draws, and writes it to `workdir/solver_NFE.json`."""
+    """Fits a solver of `sample.num_steps` evaluations to the network, on `sample.fit_states` prior draws.
+
+    Returns the file in which it is, `workdir/solver_NFE.json`, and prints its held-out errors.
+    """
     c = config.sample
     solver = samplers.fit_solver(
         configs.build_score(config, params), configs.build_sde(config, params), jax.random.key(c.seed),

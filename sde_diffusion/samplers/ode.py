@@ -402,8 +402,8 @@ def sample_ode(
 
     Raises:
       ValueError: before any compilation, for an unknown method or grid, num_steps < 1 or too few for the method, a
-        grid or t_end outside the SDE's range, t_end or another num_steps beside a grid array, a score of the wrong shape or dtype, a method that cannot start from
-        zero terminal SNR, or a `Table` of the wrong shapes or with noise.
+        grid or t_end outside the SDE's range, t_end or another num_steps beside a grid array, a score of the wrong shape or
+        dtype, a method that cannot start from zero terminal SNR, or a `Table` of the wrong shapes or with noise.
     """
     if method is None:
         method = usual_method(getattr(score_fn, "prediction", None))
