@@ -16,6 +16,7 @@ from oracle import SDES, ZERO_SNR, eps_network, mixture, moment_z_scores, order
 import sde_diffusion as sd
 from sde_diffusion.samplers import ode, spaces
 from sde_diffusion.samplers import sde as reverse
+from sde_diffusion.samplers.grid import within_first
 from sde_diffusion.samplers.linear import Steps, Table
 
 MEAN, STD = 0.8, 0.6
@@ -550,6 +551,46 @@ def test_the_first_steps_integrate_one_power_more_with_a_node_at_infinite_noise(
     np.testing.assert_array_equal(with_node[3:], without[3:])
     space = spaces.residual_space(far, s, fine, coarse)
     np.testing.assert_array_equal(rule(spaces.with_origin(far, space, fine, coarse), order), rule(space, order))
+
+
+def test_a_step_that_is_redone_integrates_one_power_more(x64):
+    """Polynomials in the variable of the space, of the degree that the evaluations up to the end of the next step can tell."""
+    sde = SDES["vp"]
+    steps = Steps.of(sde, sd.time_grid(sde, 15), 0.5)
+    space, order = spaces.residual_space(steps, 0.5, 0.05, 2.0), spaces.orders(15, 4)
+    u = np.concatenate([[0.0], np.cumsum(space.length)])
+    once, again = (np.asarray(spaces.adams_moulton(space, order, later)) for later in (0, 1))
+    for i in range(13):
+        for factors, newest in ((once, i + 1), (again, i + 2)):
+            nodes = u[newest::-1] - u[i]
+            degree = order[i] + newest - i - 1
+            for power in (degree, degree + 1):
+                exact = (np.asarray(space.weights)[i] * np.asarray(space.points)[i] ** power).sum()
+                found = factors[i, : degree + 1] @ nodes[: degree + 1] ** power
+                assert (abs(found / exact - 1) < 1e-7) == (power == degree)
+
+
+@pytest.mark.parametrize(("within", "num_steps"), [(False, 20), (True, 20), (True, 30)])
+def test_steps_redone_by_later_evaluations_halve_the_error_of_smooth_scores(within, num_steps):
+    """N(m, C) in two dimensions with variances above and below sigma_data, where the flow is known; the rule with and without."""
+    sde, variance, mean = SDES["ve"], np.array([0.6, 0.02]), np.array([0.3, -0.5])
+    gaussian = sd.GaussianMixture.gaussian(mean, np.diag(variance))
+    start = np.asarray(sde.prior_sample(jax.random.key(0), (64, 2)))
+    first, last = (float(sde.sigma(t)) ** 2 + variance for t in (sde.t_max, sde.t_min))
+    exact = mean + np.sqrt(last / first) * (start - mean)
+
+    def rule(late, steps):
+        if not within:
+            return ode.from_the_prior(steps, late)
+        inner = within_first(sde, steps.time, steps.sigma_data, steps.event_size)
+        return ode.from_within(Steps.of(sde, jnp.insert(steps.time, 1, inner), steps.sigma_data, steps.event_size), late)
+
+    def error(late):
+        rules = {"method": functools.partial(rule, late), "num_steps": num_steps, "grid": "tapered"}
+        end = sd.sample_ode(gaussian.score_fn(sde), sde, jax.random.key(0), start.shape, init=jnp.asarray(start), denoise=False, **rules)
+        return np.sqrt(np.mean((np.asarray(end) - exact) ** 2))
+
+    assert error(True) < 0.5 * error(False)
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,8 @@ METHODS: dict[str, Solver] = {}
 _ADAMS = dict(evaluations=1, grid="tapered")
 # Evaluations from which fewer of the last steps of `adams` are of low order (`_between_orders`).
 _MANY = 15
+# Dimensions up to which so many evaluations are enough for what the step before tells to be redone: beyond, the coarsest directions lose by it.
+_SMOOTH = 64
 
 
 def _relative_radius(size):
@@ -67,8 +69,9 @@ def _adams(steps, order):
     return centred(steps, multistep(steps, space, adams_bashforth(space, order), adams_moulton(space, order)), scales[0])
 
 
-def _between_orders(steps, scales, corrected=True, many=False, origin=False):
-    """many: enough evaluations for the last steps to be short, of which two then are of order 2, not three, and of that alone. origin: see `spaces.with_origin`."""
+def _between_orders(steps, scales, corrected=True, many=False, origin=False, late=False):
+    """many: enough evaluations for the last steps to be short, of which two then are of order 2, not three, and of that alone. origin: see `spaces.with_origin`.
+    late: of `spaces.multistep`."""
     left = steps.num - np.arange(steps.num)
     order = np.minimum(orders(steps.num, 4), 1 + (left + 1) // 2 if many else np.maximum(2, left - 1))
     space = residual_space(steps, *scales)
@@ -77,31 +80,33 @@ def _between_orders(steps, scales, corrected=True, many=False, origin=False):
     high, low = adams_bashforth(space, order), adams_bashforth(space, np.maximum(order - 1, 1))
     share = jnp.where(many & (left <= 2), 1.0, 0.75)[:, None].astype(high.dtype)
     explicit = share * high + (1 - share) * jnp.pad(low, ((0, 0), (0, high.shape[1] - low.shape[1])))
-    return multistep(steps, space, explicit, adams_moulton(space, order) if corrected else None)
+    later = adams_moulton(space, order, later=1) if late else None
+    return multistep(steps, space, explicit, adams_moulton(space, order) if corrected else None, later)
 
 
-def from_the_prior(steps: Steps) -> Table:
-    """The rule of `adams` with an evaluation at the first time, as in many steps."""
+def from_the_prior(steps: Steps, late: bool = False) -> Table:
+    """The rule of `adams` with an evaluation at the first time, as in many steps. late: steps are redone a second time (`spaces.multistep`)."""
     scales = _near_scales(steps)
-    return centred(steps, _between_orders(steps, scales, many=steps.num >= _MANY, origin=True), scales[0])
+    return centred(steps, _between_orders(steps, scales, many=steps.num >= _MANY, origin=True, late=late), scales[0])
 
 
-def from_within(steps: Steps) -> Table:
-    """The rule of `adams` without an evaluation at the first time, as in few steps; one row less."""
+def from_within(steps: Steps, late: bool = False) -> Table:
+    """The rule of `adams` without an evaluation at the first time, as in few steps; one row less. late: as in `from_the_prior`."""
     scales = _scales(steps, steps.num - 1)
-    return ahead(steps, _between_orders(steps, scales, many=steps.num - 1 >= _MANY), scales[0])
+    return ahead(steps, _between_orders(steps, scales, many=steps.num - 1 >= _MANY, late=late), scales[0])
 
 
 @functools.partial(jax.jit, static_argnums=1)
 def _rule(steps: Steps, within: bool) -> Table:
     """Either of these, told the grid without the time of an evaluation within its first step. Both in the form of the widest: one program runs them."""
+    late = steps.num >= _MANY and steps.event_size <= _SMOOTH
     if within:
         inner = within_first(steps.sde, steps.time, steps.sigma_data, steps.event_size)
-        table = from_within(Steps.of(steps.sde, jnp.insert(steps.time, 1, inner), steps.sigma_data, steps.event_size))
+        table = from_within(Steps.of(steps.sde, jnp.insert(steps.time, 1, inner), steps.sigma_data, steps.event_size), late)
     else:
-        table = from_the_prior(steps)
+        table = from_the_prior(steps, late)
         table = dataclasses.replace(table, scale=jnp.ones_like(table.time))
-    return dataclasses.replace(table, history=jnp.pad(table.history, ((0, 0), (0, 5 - table.history.shape[1]))))
+    return dataclasses.replace(table, history=jnp.pad(table.history, ((0, 0), (0, (6 if late else 5) - table.history.shape[1]))))
 
 
 @jax.jit
@@ -121,6 +126,9 @@ def adams(steps: Steps) -> Table:
     three steps are of orders 2 and 1 below 15 evaluations; from there on the last two are of order 2 alone, the two before of orders 3 and 2: they are long beside the
     finest structure of the data, and the network's own error outweighs what higher orders gain. The order, 3, is that of what the last step, which is not corrected,
     leaves in many steps.
+
+    From 15 evaluations on in up to 64 dimensions, the corrector redoes each step once more, by the evaluation at the end of the next: of more dimensions the coarsest
+    directions, where the first steps err, lose by it.
 
     In 2 to 20 steps (but 6 in more than 3,072 dimensions, and 7 and 8 in more than 1,536) from noise, the first evaluation is within the first step instead of at its
     beginning, where it would tell the mean of the data and little else (`spaces.ahead`). Noise is sigma > 14 alpha s in up to 8 steps and 140 alpha s in 20, of more than

@@ -189,12 +189,15 @@ def adams_bashforth(space: Space, order: np.ndarray) -> Float[Array, "steps orde
     return _interpolated(space, _nodes(space, num), np.arange(num)[None] < order[:, None])
 
 
-def adams_moulton(space: Space, order: np.ndarray) -> Float[Array, "steps nodes"]:
+def adams_moulton(space: Space, order: np.ndarray, later: int = 0) -> Float[Array, "steps nodes"]:
     """History factors of the implicit one: y interpolated at the end of the step, which comes first, and at the last
-    `order` times. Of order `order` + 1."""
+    `order` times. Of order `order` + 1. With later=1 also at the end of the next step, before these, and of one order more; the last row means nothing then."""
     num = int(order.max())
     nodes = jnp.concatenate([space.length[:, None], _nodes(space, num)], axis=1)
-    return _interpolated(space, nodes, np.arange(num + 1)[None] < order[:, None] + 1)
+    if later:
+        further = space.length + jnp.append(space.length[1:], 1.0)
+        nodes = jnp.concatenate([further[:, None], nodes], axis=1)
+    return _interpolated(space, nodes, np.arange(nodes.shape[1])[None] < order[:, None] + 1 + later)
 
 
 def midpoint(space: Space, order: np.ndarray) -> Float[Array, "steps 2"]:
@@ -206,16 +209,18 @@ def midpoint(space: Space, order: np.ndarray) -> Float[Array, "steps 2"]:
 
 
 def multistep(
-    steps: Steps, space: Space, explicit: Float[Array, "steps p"], implicit: Float[Array, "steps q"] | None = None
-) -> Table:
+    steps: Steps, space: Space, explicit: Float[Array, "steps p"], implicit: Float[Array, "steps q"] | None = None,
+    late: Float[Array, "steps r"] | None = None,
+) -> Table:  # fmt: skip
     """The table of an explicit method; with an implicit one, every step is redone once its end has been evaluated.
 
     The corrector costs no evaluation: y at the predicted end serves the correction and the next step (PEC). It moves
-    the state by (implicit - explicit) y, which folds into the next row.
+    the state by (implicit - explicit) y, which folds into the next row. By `late`, factors of `adams_moulton(later=1)`, every step but the last
+    two is redone again once the end of the next has been evaluated.
     """
     history = explicit
     if implicit is not None:
-        num = max(explicit.shape[1] + 1, implicit.shape[1])
+        num = max(explicit.shape[1] + 1, implicit.shape[1], 0 if late is None else late.shape[1])
 
         def widen(a, before):
             return jnp.pad(a, ((0, 0), (before, num - before - a.shape[1])))
@@ -223,6 +228,10 @@ def multistep(
         # Row i corrects the step that ended at t_i, where y_{i-1} was the explicit method's newest.
         correction = (widen(implicit, 0) - widen(explicit, 1))[:-1]
         history = widen(explicit, 0) + space.factor[:, None] * jnp.pad(correction, ((1, 0), (0, 0)))
+        if late is not None:
+            # And, where it has two, the step before that.
+            again = (widen(late, 0) - widen(implicit, 1))[:-2]
+            history = history.at[2:].add((space.factor[1:-1] * space.factor[2:])[:, None] * again)
     return Table(steps.time[:-1], space.x0[:-1], space.eps[:-1], space.factor, history, noise=space.noise)
 
 
