@@ -26,7 +26,7 @@ METHODS: dict[str, Solver] = {}
 _ADAMS = dict(evaluations=1, grid="tapered")
 # Evaluations from which fewer of the last steps of `adams` are of low order (`_between_orders`).
 _MANY = 15
-# Dimensions up to which so many evaluations are enough for what the step before tells to be redone: beyond, the coarsest directions lose by it.
+# Dimensions up to which the steps of so many evaluations are redone a second time: in more, the coarsest directions lose by it.
 _SMOOTH = 64
 
 
