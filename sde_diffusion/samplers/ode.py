@@ -80,7 +80,7 @@ def _between_orders(steps, scales, corrected=True, many=False, origin=False, lat
     high, low = adams_bashforth(space, order), adams_bashforth(space, np.maximum(order - 1, 1))
     share = jnp.where(many & (left <= 2), 1.0, 0.75)[:, None].astype(high.dtype)
     explicit = share * high + (1 - share) * jnp.pad(low, ((0, 0), (0, high.shape[1] - low.shape[1])))
-    later = adams_moulton(space, order, later=1) if late else None
+    later = adams_moulton(space, order, later=True) if late else None
     return multistep(steps, space, explicit, adams_moulton(space, order) if corrected else None, later)
 
 

@@ -189,9 +189,10 @@ def adams_bashforth(space: Space, order: np.ndarray) -> Float[Array, "steps orde
     return _interpolated(space, _nodes(space, num), np.arange(num)[None] < order[:, None])
 
 
-def adams_moulton(space: Space, order: np.ndarray, later: int = 0) -> Float[Array, "steps nodes"]:
+def adams_moulton(space: Space, order: np.ndarray, later: bool = False) -> Float[Array, "steps nodes"]:
     """History factors of the implicit one: y interpolated at the end of the step, which comes first, and at the last
-    `order` times. Of order `order` + 1. With later=1 also at the end of the next step, before these, and of one order more; the last row means nothing then."""
+    `order` times. Of order `order` + 1. With `later` also at the end of the next step, before these, and of one order more; the
+    last row, which has no next, means nothing then."""
     num = int(order.max())
     nodes = jnp.concatenate([space.length[:, None], _nodes(space, num)], axis=1)
     if later:
@@ -215,8 +216,8 @@ def multistep(
     """The table of an explicit method; with an implicit one, every step is redone once its end has been evaluated.
 
     The corrector costs no evaluation: y at the predicted end serves the correction and the next step (PEC). It moves
-    the state by (implicit - explicit) y, which folds into the next row. By `late`, factors of `adams_moulton(later=1)`, every step but the last
-    two is redone again once the end of the next has been evaluated.
+    the state by (implicit - explicit) y, which folds into the next row. By `late`, factors of `adams_moulton(later=True)`,
+    which need implicit ones, every step but the last two is redone again once the end of the next has been evaluated.
     """
     history = explicit
     if implicit is not None:
