@@ -6,12 +6,13 @@ The main problem is a 10-component Gaussian mixture in 64 dimensions, fitted to 
 0.002; the error is the root-mean-square distance of the end points to those of the exact flow. With --bench the mixture, the
 256 start states and their exact end points come from `gmm_digits.npz` and `gmm_digits_x.npy` in that folder; without, a
 mixture is fitted by scikit-learn, and an 8th-order adaptive solver gives the end points. With the extra `bench` installed
-(torch, diffusers), diffusers' solvers run on the same states. With --mixtures the default solver, and with --learned as well
-fitted ones, run on N random mixtures in 2 to 128 dimensions under VE and VP noise, of seeds from --first on, beside the best of diffusers'
-solvers; with --fields on N mixtures whose variances fall by a power of the frequency, as those of photographs do; with --plane on small tight
-clusters in one and two dimensions; with --tables on mixtures fitted to the data sets inside scikit-learn; with --images on mixtures fitted to
-MNIST and CIFAR-10, which TensorFlow Datasets has to hold.
-Prints tables, writes solvers.json and solvers.png to --out.
+(torch, diffusers), diffusers' solvers run on the same states.
+
+Other problems instead (with --bench: as well), for the default solver, and with --learned fitted ones, beside the best of diffusers': with
+--mixtures N random mixtures in 2 to 128 dimensions under VE and VP noise, of seeds from --first on; with --fields N mixtures whose variances
+fall by a power of the frequency, as those of photographs do; with --plane small tight clusters in one and two dimensions; with --tables
+mixtures fitted to the data sets inside scikit-learn; with --images mixtures fitted to MNIST and CIFAR-10, which TensorFlow Datasets has to
+hold; with --large Gaussians in the dimensions of large images. Prints tables, writes solvers.json, and of the main problem solvers.png, to --out.
 """
 
 import argparse
@@ -393,32 +394,10 @@ def draw(path, table, others, fits):
     figure.savefig(path, dpi=120)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--bench", type=Path, help="folder with gmm_digits.npz and gmm_digits_x.npy")
-    parser.add_argument("--out", type=Path, default=Path("runs/solvers"))
-    parser.add_argument("--learned", action="store_true", help="also fit solvers, a minute or two each")
-    parser.add_argument("--mixtures", type=int, default=0, help="also this many random mixtures; needs the extra bench")
-    parser.add_argument("--fields", type=int, default=0, help="also this many mixtures with the spectra of photographs; needs the extra bench")
-    parser.add_argument("--first", type=int, default=100, help="seed of the first of each of these")
-    parser.add_argument("--plane", action="store_true", help="also clusters in one and two dimensions; needs the extra bench")
-    parser.add_argument("--tables", action="store_true", help="also mixtures fitted to the data sets inside scikit-learn; needs the extra bench")
-    parser.add_argument("--states", type=int, default=256, help="of each of these mixtures; a few of them, near the divide of far clusters, rule its error")
-    parser.add_argument("--images", action="store_true", help="also mixtures fitted to MNIST and CIFAR-10, which are read by TensorFlow Datasets; needs the extra bench")
-    parser.add_argument("--large", action="store_true", help="also Gaussians in the dimensions of large images, without fits; needs the extra bench")
-    options = parser.parse_args()
-    more = options.mixtures > 0 or options.fields > 0 or options.plane or options.tables or options.images or options.large
-    if more and importlib.util.find_spec("diffusers") is None:
-        parser.error("--mixtures, --fields, --plane, --tables, --images and --large compare with diffusers, which is not installed: pip install -e '.[bench]'")
-    if options.images:
-        try:  # before the minutes that the others take
-            for name in ("cifar10", "mnist"):
-                data.load(name, in_memory=False)
-        except (OSError, ValueError, ImportError) as error:
-            parser.error(f"--images: {error}")
-    problem = digits(options.bench)
-    print(f"{problem.name}: {len(problem.start)} states; {jax.devices()[0].platform}, JAX {jax.__version__}, Python {platform.python_version()}")
-
+def on_the_digits(bench: Path | None, fit: bool, picture: Path) -> dict:
+    """All solvers on the main problem: prints tables, draws the picture, and returns the figures."""
+    problem = digits(bench)
+    print(f"{problem.name}: {len(problem.start)} states")
     table = ours(problem)
     try:
         others = peers(problem)
@@ -435,25 +414,55 @@ def main():
     print(f"{'':<20}" + "".join(f"{n:>10}" for n in (10, 20, 50, 200)))
     for name, row in variances.items():
         print(f"{name:<20}" + "".join(f"{v:10.3f}" for v in row.values()))
-    fits = learned(problem) if options.learned else {}
+    fits = learned(problem) if fit else {}
     if fits:
         print("\nfitted solvers, on states that the fit did not see")
         for n, row in fits.items():
             print(f"{n:>4} evaluations  RMSE {row['rmse']:.5f}  ({row['rmse'] / table['adams'][n][0]:.2f} of adams)  {row['seconds']:.0f} s")
-    seeds = range(options.first, options.first + options.mixtures)
-    unseen = generality((random_mixture(seed, options.states) for seed in seeds), options.learned) if seeds else {}
-    if options.fields:
-        fields = (random_field(seed, min(options.states, 64)) for seed in range(options.first, options.first + options.fields))
-        unseen |= generality(fields, options.learned)
-    unseen |= generality(clusters_in_the_plane(options.states), options.learned) if options.plane else {}
-    unseen |= generality(tables(options.states), options.learned) if options.tables else {}
-    unseen |= generality(images(min(options.states, 64)), options.learned) if options.images else {}
-    unseen |= generality(large(), False) if options.large else {}
+    draw(picture, table, others, fits)
+    print(f"\npicture in {picture}")
+    return {"problem": problem.name, "ode": table, "diffusers": others, "sde": variances, "learned": fits}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--bench", type=Path, help="folder with gmm_digits.npz and gmm_digits_x.npy")
+    parser.add_argument("--out", type=Path, default=Path("runs/solvers"))
+    parser.add_argument("--learned", action="store_true", help="also fit solvers, a minute or two each")
+    others = parser.add_argument_group("problems instead of the digits (with --bench: as well); they need the extra bench")
+    others.add_argument("--mixtures", type=int, default=0, help="this many random mixtures")
+    others.add_argument("--fields", type=int, default=0, help="this many mixtures with the spectra of photographs")
+    others.add_argument("--first", type=int, default=100, help="seed of the first of each of these")
+    others.add_argument("--plane", action="store_true", help="clusters in one and two dimensions")
+    others.add_argument("--tables", action="store_true", help="mixtures fitted to the data sets inside scikit-learn")
+    others.add_argument("--images", action="store_true", help="mixtures fitted to MNIST and CIFAR-10, which are read by TensorFlow Datasets")
+    others.add_argument("--large", action="store_true", help="Gaussians in the dimensions of large images, without fits")
+    others.add_argument("--states", type=int, default=256, help="of each of them; a few states, near the divide of far clusters, rule the error of a mixture")
+    options = parser.parse_args()
+    few = min(options.states, 64)
+    kinds = {
+        "mixtures": (random_mixture(seed, options.states) for seed in range(options.first, options.first + options.mixtures)),
+        "fields": (random_field(seed, few) for seed in range(options.first, options.first + options.fields)),
+        "plane": clusters_in_the_plane(options.states), "tables": tables(options.states), "images": images(few), "large": large(),
+    }  # fmt: skip
+    asked = [kind for kind in kinds if getattr(options, kind) > 0]
+    if asked and importlib.util.find_spec("diffusers") is None:
+        parser.error("--mixtures, --fields, --plane, --tables, --images and --large compare with diffusers, which is not installed: pip install -e '.[bench]'")
+    if options.images:
+        try:  # before the minutes that the others take
+            for name in ("cifar10", "mnist"):
+                data.load(name, in_memory=False)
+        except (OSError, ValueError, ImportError) as error:
+            parser.error(f"--images: {error}")
+    print(f"{jax.devices()[0].platform}, JAX {jax.__version__}, Python {platform.python_version()}")
     options.out.mkdir(parents=True, exist_ok=True)
-    figures = {"problem": problem.name, "jax": jax.__version__, "ode": table, "diffusers": others, "sde": variances, "learned": fits, "mixtures": unseen}
+    figures = {"jax": jax.__version__}
+    if options.bench or not asked:
+        figures |= on_the_digits(options.bench, options.learned, options.out / "solvers.png")
+    for kind in asked:
+        figures[kind] = generality(kinds[kind], options.learned and kind != "large")
     (options.out / "solvers.json").write_text(json.dumps(figures, indent=1) + "\n")
-    draw(options.out / "solvers.png", table, others, fits)
-    print(f"\nfigures in {options.out / 'solvers.json'}, a picture in {options.out / 'solvers.png'}")
+    print(f"\nfigures in {options.out / 'solvers.json'}")
 
 
 if __name__ == "__main__":
