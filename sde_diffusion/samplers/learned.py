@@ -165,9 +165,8 @@ def fit_solver(
     the data, so that no factor is spent on where the data lies. Levenberg-Marquardt does it, against solutions of `adams_4` in `fine_steps` steps
     from `num_states` prior draws, of which the first updates look at some. It starts twice, and goes on with the better one: from the rule of
     `adams` in 2 to 20 steps from noise (the grid "tapered" of a step more, the first evaluation at a free time within the first step), and from
-    that of more steps (the first evaluation at t_max), in both of which no step is redone twice.
-    For a network that predicts eps or the score it starts from `adams_eps` alone, which also
-    gives the solutions.
+    that of more steps (the first evaluation at t_max). For a network that predicts eps or the score it starts from `adams_eps` alone, which
+    also gives the solutions.
 
     The objective is the pseudo-Huber mean of the states' errors: a state that ends in another mode of the data is far off by chance, and
     would rule a mean square. A quarter of the states is held out: the best solver on as many of these as the updates look at is returned, whose
