@@ -105,8 +105,7 @@ def _rule(steps: Steps, within: bool) -> Table:
     else:
         table = from_the_prior(steps)
         table = dataclasses.replace(table, scale=jnp.ones_like(table.time))
-    width = 6 if steps.num >= _MANY and steps.event_size <= _SMOOTH else 5
-    return dataclasses.replace(table, history=jnp.pad(table.history, ((0, 0), (0, width - table.history.shape[1]))))
+    return dataclasses.replace(table, history=jnp.pad(table.history, ((0, 0), (0, max(0, 5 - table.history.shape[1])))))
 
 
 @jax.jit
