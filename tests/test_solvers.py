@@ -595,6 +595,25 @@ def test_steps_redone_by_later_evaluations_halve_the_error_of_smooth_scores(with
     assert redone < 0.5 * error()
 
 
+def test_a_grid_whose_first_step_is_many_times_the_others_does_not_diverge():
+    """In log-SNR: the first two nodes after it are so close that a step redone by both would amplify what each is off."""
+    sde, lengths = SDES["vp"], np.ones(25)
+    lengths[0] = 64
+    low, high = (float(sde.log_snr(t)) for t in (sde.t_max, sde.t_min))
+    inner = sde.time(jnp.asarray(low + (high - low) * np.cumsum(lengths)[:-1] / lengths.sum(), float))
+    grid = jnp.concatenate([jnp.asarray([sde.t_max]), inner, jnp.asarray([sde.t_min])])
+    covariances = [[[0.05, 0.0], [0.0, 0.01]], [[0.04, 0.01], [0.01, 0.02]], [[0.02, 0.0], [0.0, 0.03]]]
+    mixture = sd.GaussianMixture([0.5, 0.3, 0.2], [[0.6, -0.3], [-0.5, 0.4], [0.1, 0.9]], covariances)
+    score_fn, init = mixture.score_fn(sde), sde.prior_sample(jax.random.key(1), (32, 2))
+
+    def sample(**options):
+        return sd.sample_ode(score_fn, sde, jax.random.key(0), init.shape, init=init, denoise=False, **options)
+
+    end = sample(method="adams_4", num_steps=400)
+    adams, dpmpp_2m = (float(jnp.sqrt(jnp.mean((sample(method=m, grid=grid) - end) ** 2))) for m in ("adams", "dpmpp_2m"))
+    assert adams < dpmpp_2m
+
+
 @pytest.mark.parametrize(
     ("process", "size", "power", "num_steps"),
     [*(("ve", 3 * 128**2, 1.0, n) for n in (5, 6, 8, 10, 15, 20)), ("vp", 3 * 64**2, 1.5, 8), ("vp", 3 * 64**2, 1.5, 10), ("vp", 3 * 128**2, 1.5, 15),

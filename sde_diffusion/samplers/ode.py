@@ -126,9 +126,9 @@ def adams(steps: Steps) -> Table:
     finest structure of the data, and the network's own error outweighs what higher orders gain. The order, 3, is that of what the last step, which is not corrected,
     leaves in many steps.
 
-    From 15 evaluations on in up to 64 dimensions, the corrector redoes each step but the last two once more, by the evaluation at the end of the next. That gains on
-    the rule's own grid, in few dimensions the most; beyond 64 the coarsest directions, where the first steps err, lose by it. On other grids it can lose, and where a
-    step is many times as long as the next it can diverge.
+    From 15 evaluations on in up to 64 dimensions, the corrector redoes each step but the last two once more, by the evaluation at the end of
+    the next, unless that is less than an eighth as long. That gains on the rule's own grid, in few dimensions the most; beyond 64 the coarsest
+    directions, where the first steps err, lose by it. On other grids it can lose.
 
     In 2 to 20 steps (but 6 in more than 3,072 dimensions, and 7 and 8 in more than 1,536) from noise, the first evaluation is within the first step instead of at its
     beginning, where it would tell the mean of the data and little else (`spaces.ahead`). Noise is sigma > 14 alpha s in up to 8 steps and 140 alpha s in 20, of more than

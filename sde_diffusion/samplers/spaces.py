@@ -128,6 +128,9 @@ def residual_space(steps: Steps, scale, fine, coarse) -> Space:
     return Space(x0, eps, c[1:] / c[:-1], moved[:, -1], moved[:, :-1], weights * c[1:, None])
 
 
+# A step this many times as long as the next is not redone by the end of that: of two nodes so close the slope is their errors'. On
+# grids by name none is more than three times as long.
+_CLOSE = 8
 # Steps that count the origin, unless they are the last: after them the history of order 4 is full.
 _SHORT = 3
 
@@ -217,7 +220,8 @@ def multistep(
 
     The corrector costs no evaluation: y at the predicted end serves the correction and the next step (PEC). It moves
     the state by (implicit - explicit) y, which folds into the next row. By `late`, factors of `adams_moulton(later=True)`,
-    which need implicit ones, every step but the last two is redone again once the end of the next has been evaluated.
+    which need implicit ones, every step but the last two is redone again once the end of the next has been evaluated,
+    if that is not far shorter (`_CLOSE`).
     """
     history = explicit
     if implicit is not None:
@@ -231,7 +235,9 @@ def multistep(
         history = widen(explicit, 0) + space.factor[:, None] * jnp.pad(correction, ((1, 0), (0, 0)))
         if late is not None:
             # And, where it has two, the step before that.
-            again = (widen(late, 0) - widen(implicit, 1))[:-2]
+            length = jnp.abs(space.length)
+            close = length[1:-1] < length[:-2] / _CLOSE
+            again = jnp.where(close[:, None], 0.0, (widen(late, 0) - widen(implicit, 1))[:-2])
             history = history.at[2:].add((space.factor[1:-1] * space.factor[2:])[:, None] * again)
     return Table(steps.time[:-1], space.x0[:-1], space.eps[:-1], space.factor, history, noise=space.noise)
 
