@@ -31,8 +31,6 @@ def get_config():
             sample_every=10_000,
             checkpoint_every=10_000,
         ),
-        sample=dict(
-            sampler="sde", method="euler_maruyama", num_steps=1000, grid="uniform", num=1024, batch_size=256
-        ),
+        sample=dict(sampler="sde", method="euler_maruyama", num_steps=1000, grid="uniform", num=1024, batch_size=256),
         eval=dict(batch_size=64, rtol=1e-3, atol=1e-3, t_end=1e-5),
     )

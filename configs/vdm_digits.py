@@ -16,9 +16,7 @@ def get_config():
         # Half a grey level is 3 standard deviations of the noise at the start.
         sde=dict(name="monotone_log_snr", log_snr_max=8.0, log_snr_min=-6.0),
         # The label is log-SNR: with higher frequencies the network oscillates in it, and few-step samplers pay for that.
-        model=dict(
-            name="unet", channels=16, multipliers=(1, 2), num_blocks=1, embedding_scale=1.0, input_fourier=(3, 4)
-        ),
+        model=dict(name="unet", channels=16, multipliers=(1, 2), num_blocks=1, embedding_scale=1.0, input_fourier=(3, 4)),
         prediction=dict(kind="edm", noise_label="data_log_snr", sigma_data=0.5),
         loss=dict(name="bound", learn_schedule=True),
         optim=dict(lr=1e-3, warmup_steps=200, grad_clip=1.0, ema_decay=0.998),

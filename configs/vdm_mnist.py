@@ -16,9 +16,7 @@ def get_config():
         data=dict(name="mnist"),
         sde=dict(name="monotone_log_snr", log_snr_max=13.3, log_snr_min=-6.0),
         # The label is log-SNR: with higher frequencies the network oscillates in it, and few-step samplers pay for that.
-        model=dict(
-            name="unet", channels=16, multipliers=(1, 2, 2), num_blocks=2, embedding_scale=1.0, input_fourier=(7, 8)
-        ),
+        model=dict(name="unet", channels=16, multipliers=(1, 2, 2), num_blocks=2, embedding_scale=1.0, input_fourier=(7, 8)),
         prediction=dict(kind="edm", noise_label="data_log_snr", sigma_data=0.52),
         loss=dict(name="bound", learn_schedule=True),
         optim=dict(lr=1e-3, warmup_steps=200, ema_decay=0.999),

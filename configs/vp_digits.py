@@ -16,9 +16,7 @@ def get_config():
         sde=dict(name="vp"),
         # Frequencies 8 pi and 16 pi of the input, which is the image over sigma_data: there a grey level is 4/17 wide.
         # The label is log-SNR: with higher frequencies the network oscillates in it, and few-step samplers pay for that.
-        model=dict(
-            name="unet", channels=16, multipliers=(1, 2), num_blocks=1, embedding_scale=1.0, input_fourier=(3, 4)
-        ),
+        model=dict(name="unet", channels=16, multipliers=(1, 2), num_blocks=1, embedding_scale=1.0, input_fourier=(3, 4)),
         prediction=dict(kind="edm", noise_label="data_log_snr", sigma_data=0.5),
         loss=dict(name="weighted", weight="elbo", times="log_snr"),
         optim=dict(lr=1e-3, warmup_steps=200, grad_clip=1.0, ema_decay=0.998),

@@ -2,8 +2,8 @@
 
     python -m sde_diffusion.main --config=configs/vp_mnist.py --workdir=runs/vp_mnist
 
-1.75 million parameters. Stopped at step 28,962 of 50,000, after 10 minutes on one NVIDIA H200 beside another run: 1.078 +- 0.002 bits/dim, and an energy
-distance of 1,000 samples to held-out images of 0.035 +- 0.005 (training images: 0.044 +- 0.008).
+1.75 million parameters. Stopped at step 28,962 of 50,000, after 10 minutes on one NVIDIA H200 beside another run: 1.078 +- 0.002 bits/dim,
+and an energy distance of 1,000 samples to held-out images of 0.035 +- 0.005 (training images: 0.044 +- 0.008).
 """
 
 from sde_diffusion.config import experiment
@@ -25,9 +25,7 @@ def get_config():
         prediction=dict(kind="edm", noise_label="log_snr", sigma_data=0.52),
         loss=dict(name="weighted", weight="elbo", times="log_snr"),
         optim=dict(lr=5e-4, warmup_steps=500, ema_decay=0.9995),
-        train=dict(
-            batch_size=128, num_steps=50_000, log_every=50, sample_every=1000, checkpoint_every=1000
-        ),
+        train=dict(batch_size=128, num_steps=50_000, log_every=50, sample_every=1000, checkpoint_every=1000),
         sample=dict(num=1024, batch_size=256, num_steps=20),
         eval=dict(batch_size=256, t_end=1e-5),
     )

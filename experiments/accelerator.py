@@ -266,7 +266,12 @@ def show(f: dict) -> None:
         rows.append(("PyTorch", f"not measured: {other['skipped']}"))
     else:
         rows.append(("PyTorch training step", f"{other['step_s'] * 1e3:,.1f} ms, {other['images_per_s']:,.1f} images/s"))
-        rows.append(("PyTorch / this library", f"{other['step_s_over_ours']:.2f} of the step time, {other['lowest_ratio']:.2f} to {other['highest_ratio']:.2f} in the rounds"))
+        rows.append(
+            (
+                "PyTorch / this library",
+                f"{other['step_s_over_ours']:.2f} of the step time, {other['lowest_ratio']:.2f} to {other['highest_ratio']:.2f} in the rounds",
+            )
+        )
     for name, value in rows:
         print(f"{name:<24}{value}")
 

@@ -40,9 +40,7 @@ def _paired(first, second, rounds):
 
 
 def _digits():
-    return experiment(
-        model=dict(name="unet", channels=16, multipliers=(1, 2), num_blocks=1), train=dict(batch_size=64, log_every=50)
-    )
+    return experiment(model=dict(name="unet", channels=16, multipliers=(1, 2), num_blocks=1), train=dict(batch_size=64, log_every=50))
 
 
 def sampler_overhead(rounds):

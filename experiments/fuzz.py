@@ -207,7 +207,9 @@ def trace(run: main.Start) -> None:
         score_fn, sde = configs.build_score(config, params), configs.build_sde(config, params)
         c, out = config.eval, []
         if c.ode:
-            out.append(log_likelihood(score_fn, sde, key, x, trace=c.trace, num_probes=c.num_probes, rtol=c.rtol, atol=c.atol, t_end=c.t_end))
+            out.append(
+                log_likelihood(score_fn, sde, key, x, trace=c.trace, num_probes=c.num_probes, rtol=c.rtol, atol=c.atol, t_end=c.t_end)
+            )
         if c.bound_draws:
             out.append(variational_bound(score_fn, sde, key, x).total)
         return out
@@ -264,7 +266,9 @@ def run_case(case: Case, room: Path, seconds: int = 90) -> Result:
             raise
         where = traceback.extract_tb(error.__traceback__)
         inside = [f for f in where if Path(f.filename).is_relative_to(_HERE[0])][-1:] or where[-1:]
-        return Result("failure", f"{type(error).__name__} at {Path(inside[0].filename).name}:{inside[0].lineno}: {' '.join(str(error).split())[:300]}")
+        return Result(
+            "failure", f"{type(error).__name__} at {Path(inside[0].filename).name}:{inside[0].lineno}: {' '.join(str(error).split())[:300]}"
+        )
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)
@@ -302,7 +306,9 @@ def contents(folder: Path) -> dict:
 def as_command(case: Case, room: Path, result: Result) -> str | None:
     """What differs when a refused case is given to a process of its own, or None."""
     words = [sys.executable, "-m", "sde_diffusion.main", *case.arguments(room)]
-    env = dict(os.environ, XLA_FLAGS=DEVICES, JAX_PLATFORMS="cpu", PYTHONPATH=os.pathsep.join([str(_ROOT), os.environ.get("PYTHONPATH", "")]))
+    env = dict(
+        os.environ, XLA_FLAGS=DEVICES, JAX_PLATFORMS="cpu", PYTHONPATH=os.pathsep.join([str(_ROOT), os.environ.get("PYTHONPATH", "")])
+    )
     done = subprocess.run(words, capture_output=True, text=True, env=env, cwd=_ROOT, timeout=600)
     lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     if result.kind == "start":

@@ -196,7 +196,9 @@ def main():
     options = parser.parse_args()
     figures = {"jax": jax.__version__, "python": platform.python_version(), "device": jax.devices()[0].platform}
 
-    print(f"{'mixture, exact trace':<24}{'max |error|':>14}{'mean |error|':>14}{'mismatch':>12}{'evaluations':>13}{'t_end':>9}   nats per dimension")
+    print(
+        f"{'mixture, exact trace':<24}{'max |error|':>14}{'mean |error|':>14}{'mismatch':>12}{'evaluations':>13}{'t_end':>9}   nats per dimension"
+    )
     for precision, x64, solver in (
         ("float32", False, {}), ("float64", True, {"method": "dopri8", "rtol": 1e-9, "atol": 1e-9}),
     ):  # fmt: skip
@@ -207,7 +209,10 @@ def main():
                     print(f"{f'{dim}d {name}, {precision}':<24}{row['max']:14.1e}{row['mean']:14.1e}{row['mismatch']:12.1e}"
                           f"{row['evaluations']:13.0f}{row['t_end']:9.0e}", flush=True)  # fmt: skip
     figures["hutchinson"] = hutchinson()
-    print("Hutchinson against the exact trace, 1,000 examples in 16d: " + ", ".join(f"{p} z = {z:.2f}" for p, z in figures["hutchinson"].items()))
+    print(
+        "Hutchinson against the exact trace, 1,000 examples in 16d: "
+        + ", ".join(f"{p} z = {z:.2f}" for p, z in figures["hutchinson"].items())
+    )
 
     options.out.mkdir(parents=True, exist_ok=True)
     if (options.workdir / "config.json").exists():
@@ -215,10 +220,14 @@ def main():
         figures["digits"] = row = speed(Digits(options.workdir), options.repeats)
         print(f"at the usual way's error: {row['ours']:.1f} s (tolerance {row['matched']:.2g}) against {row['usual']:.1f} s; "
               f"ratio {row['ratio']:.3f}, the median of {min(row['ratios']):.3f} to {max(row['ratios']):.3f}")  # fmt: skip
-        print(f"{row['num']} held-out digits: {row['bits_per_dim']:.3f} +- {row['stderr']:.3f} bits/dim, ODE likelihood to t = {row['t_end']:g}, uniform dequantization")
+        print(
+            f"{row['num']} held-out digits: {row['bits_per_dim']:.3f} +- {row['stderr']:.3f} bits/dim, ODE likelihood to t = {row['t_end']:g}, uniform dequantization"
+        )
         draw(options.out / "likelihood.png", row["curves"])
     else:
-        print(f"\nno network in {options.workdir}: python -m sde_diffusion.main --workdir={options.workdir} trains one, for the table of wall times")
+        print(
+            f"\nno network in {options.workdir}: python -m sde_diffusion.main --workdir={options.workdir} trains one, for the table of wall times"
+        )
     (options.out / "likelihood.json").write_text(json.dumps(figures, indent=1) + "\n")
     print(f"figures in {options.out / 'likelihood.json'}")
 

@@ -109,7 +109,10 @@ def main(argv=None):
         value, spread = ratio(squared, theirs)
         rmse, distance = float(np.sqrt(squared.mean())), energy_distance(x, held_out)[0]
         table[n][kind] = {"rmse": rmse, "energy distance": distance, "ratio": value, "stderr": spread, "best": name}
-        print(f"{n:>11}{rmse:11.4f}{np.sqrt(theirs.mean()):12.4f}{value:9.3f} +- {spread:.3f}   {name:<24}{distance:15.4f}{closest[n]:12.4f}", flush=True)
+        print(
+            f"{n:>11}{rmse:11.4f}{np.sqrt(theirs.mean()):12.4f}{value:9.3f} +- {spread:.3f}   {name:<24}{distance:15.4f}{closest[n]:12.4f}",
+            flush=True,
+        )
         return value
 
     mean = float(np.exp(np.mean([np.log(show(usual, n, ends(run, start, num_steps=n))) for n in budgets])))

@@ -216,9 +216,7 @@ def invariance(data, model, names, n=40_000):
     for i, (label, sde) in enumerate(schedules().items()):
         score_fn = model.score_fn(sde)
         losses = jax.jit(
-            lambda key, f=score_fn, sde=sde: [
-                sd.weighted_loss(f, sde, key, x0, weight=w, times="log_snr", control=1.0) for w in names
-            ]
+            lambda key, f=score_fn, sde=sde: [sd.weighted_loss(f, sde, key, x0, weight=w, times="log_snr", control=1.0) for w in names]
         )(jax.random.key(10 + i))
         out[label] = [(float(np.asarray(v, np.float64).mean()), standard_error(v)) for v in losses]
     return out

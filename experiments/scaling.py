@@ -102,9 +102,7 @@ class OnDevices:
 
 def by_pmap(one: OnDevices):
     """20 steps by jax.pmap on 8 devices."""
-    update = jax.pmap(
-        train.make_update(one.config, one.scaler, sharding.over_axis("devices")), axis_name="devices", in_axes=(0, 0, None)
-    )
+    update = jax.pmap(train.make_update(one.config, one.scaler, sharding.over_axis("devices")), axis_name="devices", in_axes=(0, 0, None))
     copies = lambda tree: jax.tree.map(lambda a: jnp.broadcast_to(a, (8, *a.shape)), tree)  # noqa: E731
     state = copies(train.init_state(one.config, one.digits.event_shape))
     totals = copies(train.zero_totals())
@@ -116,7 +114,9 @@ def by_pmap(one: OnDevices):
 def difference(a, b) -> float:
     """The largest difference of two trees of arrays, relative to the largest entry."""
     pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
-    return max(float(np.max(np.abs(np.subtract(x, y, dtype=np.float64)))) for x, y in pairs) / max(float(np.max(np.abs(x))) for x in jax.tree.leaves(a))
+    return max(float(np.max(np.abs(np.subtract(x, y, dtype=np.float64)))) for x, y in pairs) / max(
+        float(np.max(np.abs(x))) for x in jax.tree.leaves(a)
+    )
 
 
 def devices() -> tuple[dict, bool]:
@@ -168,7 +168,7 @@ def collectives() -> tuple[dict, bool]:
     return rows, good
 
 
-CONFIG = '''
+CONFIG = """
 from sde_diffusion.config import experiment
 
 def get_config():
@@ -178,7 +178,7 @@ def get_config():
         sample=dict(num=16, batch_size=16, num_steps=3),
         eval=dict(batch_size=16, num_examples=24, ode=False, bound_draws=2),
     )
-'''
+"""
 
 
 def start(folder: Path, workdir: str, *flags, count=1, per=8) -> list[subprocess.Popen]:

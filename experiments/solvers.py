@@ -1,6 +1,7 @@
 """Every solver's error over its number of network evaluations, on problems whose solutions are known.
 
-    python -m experiments.solvers [--bench=FOLDER] [--out=FOLDER] [--learned] [--mixtures=N] [--fields=N] [--first=100] [--plane] [--tables] [--images] [--large] [--states=256]
+    python -m experiments.solvers [--bench=FOLDER] [--out=FOLDER] [--learned] [--mixtures=N] [--fields=N] [--first=100] [--plane] [--tables]
+    [--images] [--large] [--states=256]
 
 The main problem is a 10-component Gaussian mixture in 64 dimensions, fitted to the handwritten digits, under VE noise from 80 to
 0.002; the error is the root-mean-square distance of the end points to those of the exact flow. With --bench the mixture, the
@@ -9,10 +10,11 @@ mixture is fitted by scikit-learn, and an 8th-order adaptive solver gives the en
 (torch, diffusers), diffusers' solvers run on the same states.
 
 Other problems instead (with --bench: as well), for the default solver, and with --learned fitted ones, beside the best of diffusers': with
---mixtures N random mixtures in 2 to 128 dimensions under VE and VP noise, of seeds from --first on; with --fields N mixtures whose variances
-fall by a power of the frequency, as those of photographs do; with --plane small tight clusters in one and two dimensions; with --tables
-mixtures fitted to the data sets inside scikit-learn; with --images mixtures fitted to MNIST and CIFAR-10, which TensorFlow Datasets has to
-hold; with --large Gaussians in the dimensions of large images. Prints tables, writes solvers.json, and of the main problem solvers.png, to --out.
+--mixtures N random mixtures in 2 to 128 dimensions under VE and VP noise, of seeds from --first on; with --fields N mixtures whose
+variances fall by a power of the frequency, as those of photographs do; with --plane small tight clusters in one and two dimensions; with
+--tables mixtures fitted to the data sets inside scikit-learn; with --images mixtures fitted to MNIST and CIFAR-10, which TensorFlow
+Datasets has to hold; with --large Gaussians in the dimensions of large images. Prints tables, writes solvers.json, and of the main problem
+solvers.png, to --out.
 """
 
 import argparse
@@ -172,6 +174,7 @@ def random_field(seed: int, num: int = 64) -> Problem:
 
 def clusters_in_the_plane(num: int = 256):
     """Problems of `num` states: tight clusters on circles, lattices, a spiral and a line, under VE and VP noise."""
+
     def circle(k, radius):
         angle = 2 * np.pi * np.arange(k) / k
         return radius * np.stack([np.cos(angle), np.sin(angle)], axis=1)
@@ -211,7 +214,7 @@ class Independent:
 
 
 def large(num: int = 4):
-    """Problems of `num` states: Gaussians in the dimensions of large images, whose variances fall as a power of their rank, as those of photographs do."""
+    """Problems of `num` states: Gaussians in the dimensions of large images, whose variances fall as a power, as photographs' do."""
     for size, power, sde in itertools.product((64, 128, 256), (1.0, 1.5), (sd.VE(), sd.VP())):
         variance = np.arange(1.0, 3 * size**2 + 1) ** -power
         gaussian = Independent((0.25 / variance.mean() * variance).astype(np.float32))
@@ -418,7 +421,9 @@ def on_the_digits(bench: Path | None, fit: bool, picture: Path) -> dict:
     if fits:
         print("\nfitted solvers, on states that the fit did not see")
         for n, row in fits.items():
-            print(f"{n:>4} evaluations  RMSE {row['rmse']:.5f}  ({row['rmse'] / table['adams'][n][0]:.2f} of adams)  {row['seconds']:.0f} s")
+            print(
+                f"{n:>4} evaluations  RMSE {row['rmse']:.5f}  ({row['rmse'] / table['adams'][n][0]:.2f} of adams)  {row['seconds']:.0f} s"
+            )
     draw(picture, table, others, fits)
     print(f"\npicture in {picture}")
     return {"problem": problem.name, "ode": table, "diffusers": others, "sde": variances, "learned": fits}
@@ -435,9 +440,16 @@ def main():
     others.add_argument("--first", type=int, default=100, help="seed of the first of each of these")
     others.add_argument("--plane", action="store_true", help="clusters in one and two dimensions")
     others.add_argument("--tables", action="store_true", help="mixtures fitted to the data sets inside scikit-learn")
-    others.add_argument("--images", action="store_true", help="mixtures fitted to MNIST and CIFAR-10, which are read by TensorFlow Datasets")
+    others.add_argument(
+        "--images", action="store_true", help="mixtures fitted to MNIST and CIFAR-10, which are read by TensorFlow Datasets"
+    )
     others.add_argument("--large", action="store_true", help="Gaussians in the dimensions of large images, without fits")
-    others.add_argument("--states", type=int, default=256, help="of each of them; a few states, near the divide of far clusters, rule the error of a mixture")
+    others.add_argument(
+        "--states",
+        type=int,
+        default=256,
+        help="of each of them; a few states, near the divide of far clusters, rule the error of a mixture",
+    )
     options = parser.parse_args()
     few = min(options.states, 64)
     kinds = {
@@ -447,7 +459,9 @@ def main():
     }  # fmt: skip
     asked = [kind for kind in kinds if getattr(options, kind) > 0]
     if asked and importlib.util.find_spec("diffusers") is None:
-        parser.error("--mixtures, --fields, --plane, --tables, --images and --large compare with diffusers, which is not installed: pip install -e '.[bench]'")
+        parser.error(
+            "--mixtures, --fields, --plane, --tables, --images and --large compare with diffusers, which is not installed: pip install -e '.[bench]'"
+        )
     if options.images:
         try:  # before the minutes that the others take
             for name in ("cifar10", "mnist"):

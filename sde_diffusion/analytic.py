@@ -38,9 +38,7 @@ class GaussianMixture:
             raise ValueError("covariances must be symmetric; pass (C + C^T) / 2")
         eigenvalues, eigenvectors = np.linalg.eigh(covariances.astype(np.float64))
         if eigenvalues.min() < -1e-6 * max(eigenvalues.max(), 1e-12):
-            raise ValueError(
-                f"covariances must be positive semi-definite; the smallest eigenvalue is {eigenvalues.min():.2g}"
-            )
+            raise ValueError(f"covariances must be positive semi-definite; the smallest eigenvalue is {eigenvalues.min():.2g}")
         dtype = jnp.zeros(()).dtype
         self.log_weights = jnp.asarray(np.log(weights / weights.sum()), dtype)
         self.means = jnp.asarray(means, dtype)
@@ -63,9 +61,7 @@ class GaussianMixture:
         within = jnp.einsum("kij,kj,klj->kil", q, lam, q)
         return jnp.einsum("k,kij->ij", jnp.exp(self.log_weights), within + centred[:, :, None] * centred[:, None, :])
 
-    def log_prob(
-        self, x: Float[Array, "b d"], sde: SDE | None = None, t: Float[Array, "*b"] | float | None = None
-    ) -> Float[Array, " b"]:
+    def log_prob(self, x: Float[Array, "b d"], sde: SDE | None = None, t: Float[Array, "*b"] | float | None = None) -> Float[Array, " b"]:
         """log p_t(x) in nats, `(B,)`: of the data, or of the marginal of `sde` at t (scalar or `(B,)`)."""
         return jax.nn.logsumexp(self._log_joint(x, *self._marginal(x, sde, t))[0], axis=1)
 
@@ -122,9 +118,7 @@ class ExactScore:
     def __call__(self, x: Float[Array, "b d"], t: Float[Array, " b"]) -> Float[Array, "b d"]:
         return self._solve(x, t)[0]
 
-    def predict(
-        self, x: Float[Array, "b d"], t: Float[Array, " b"]
-    ) -> tuple[Float[Array, "b d"], Float[Array, "b d"]]:
+    def predict(self, x: Float[Array, "b d"], t: Float[Array, " b"]) -> tuple[Float[Array, "b d"], Float[Array, "b d"]]:
         """(E[x_0 | x_t], -sigma score), each `(B, D)`."""
         score, x0 = self._solve(x, t)
         return x0, -self.sde.sigma(t)[:, None] * score

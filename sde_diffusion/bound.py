@@ -144,14 +144,12 @@ def _checked(sde: SDE, values: Values, key, x0) -> Array:
     return x0.astype(jnp.promote_types(x0.dtype, jnp.float32))
 
 
-def bound_gradients(
-    make_score: Callable, params, sde: SDE, key: PRNGKeyArray, x0: Float[Array, "b ..."], values: Values = None
-):
+def bound_gradients(make_score: Callable, params, sde: SDE, key: PRNGKeyArray, x0: Float[Array, "b ..."], values: Values = None):
     """The bound and its gradients where the schedule is learned as well (arXiv:2107.00630 appendix H).
 
-    The end points of the schedule change the bound, and descend it. Its interior (the leaf `network`) changes only the
-    variance of the estimate, and descends E[diffusion^2] / (2 E[diffusion]^2), the variance up to constants; times are uniform in t, so a schedule
-    that has spread the loss evenly has made them importance-sampled. One backward pass through the network serves both.
+    The end points of the schedule change the bound, and descend it. Its interior (the leaf `network`) changes only the variance of the
+    estimate, and descends E[diffusion^2] / (2 E[diffusion]^2), the variance up to constants; times are uniform in t, so a schedule that has
+    spread the loss evenly has made them importance-sampled. One backward pass through the network serves both.
 
     Args:
       make_score: (params, sde) -> score_fn.

@@ -72,7 +72,9 @@ class Checkpoints:
             self.unsealed = None
             full = "RESOURCE_EXHAUSTED" in str(error) or getattr(error, "errno", None) == errno.ENOSPC
             reason = "no space is left" if full else " ".join(str(error).split())[:300]
-            raise OSError(f"the checkpoint of step {what} could not be written to {self.path}: {reason}; those before it are whole, and the same command goes on from them") from error
+            raise OSError(
+                f"the checkpoint of step {what} could not be written to {self.path}: {reason}; those before it are whole, and the same command goes on from them"
+            ) from error
 
     def _wait(self):
         if self.unsealed is not None:
@@ -133,7 +135,9 @@ class Checkpoints:
             self.manager.reload()
             if set(self.manager.all_steps()) - set(steps):
                 return self.restore(like)
-        raise Unreadable(f"no checkpoint in {self.path} can be read, of steps {', '.join(map(str, steps))}; restore one, or use another --workdir")
+        raise Unreadable(
+            f"no checkpoint in {self.path} can be read, of steps {', '.join(map(str, steps))}; restore one, or use another --workdir"
+        )
 
     def _set_aside(self, steps):
         if self.read_only or not steps:

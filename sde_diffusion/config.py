@@ -281,7 +281,9 @@ def validate(config: ConfigDict) -> None:
         solver = find(methods, method, f"sample.method of the {config.sample.sampler} sampler:")
         check_start(solver, method, sde, config.sample.num_steps)
     states = config.sample.fit_states
-    check(16 <= states <= 10_000_000, f"sample.fit_states={states!r} must be an integer of at least 16 and at most 10,000,000; 1024 is usual")
+    check(
+        16 <= states <= 10_000_000, f"sample.fit_states={states!r} must be an integer of at least 16 and at most 10,000,000; 1024 is usual"
+    )
     for key, seed in (("seed", config.seed), ("sample.seed", config.sample.seed), ("eval.seed", config.eval.seed)):
         check(isinstance(seed, int) and 0 <= seed < 2**63, f"{key}={seed!r} must be an integer from 0 to 2^63 - 1")
     for key in ("optim.lr", "optim.eps", "sample.snr", "sample.fit_seconds", "eval.rtol", "eval.atol"):

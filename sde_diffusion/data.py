@@ -186,9 +186,7 @@ def load(
     or a TFDS set that is not prepared, ImportError where TFDS lacks a module.
     """
     if image_size is not None and not 1 <= image_size <= 2**14:
-        raise ValueError(
-            f"image_size={image_size}: expected a positive number of pixels, at most {2**14:,}, or None"
-        )
+        raise ValueError(f"image_size={image_size}: expected a positive number of pixels, at most {2**14:,}, or None")
     if channels not in (None, 1, 3):
         raise ValueError(f"channels={channels}: expected 1 (grey), 3 (RGB) or None")
     if name in _EMBEDDED:
@@ -253,9 +251,7 @@ def _gaussian_mixture_2d(name: str, image_size: int | None, channels: int | None
 _EMBEDDED = {"digits": _digits, "gaussian_mixture_2d": _gaussian_mixture_2d}
 
 
-def _refuse_resizing(
-    name: str, what: str, image_size: int | None, channels: int | None, size: int | None
-) -> None:
+def _refuse_resizing(name: str, what: str, image_size: int | None, channels: int | None, size: int | None) -> None:
     if image_size not in (None, size):
         raise ValueError(f"image_size={image_size}: {name} holds {what}; leave image_size unset")
     if channels is not None and (size is None or channels != 1):
@@ -266,10 +262,7 @@ def _to_pixels(image: Any, image_size: int | None, channels: int, origin: str) -
     from PIL import Image, ImageOps
 
     if image.mode.startswith(("I", "F")):
-        raise Unreadable(
-            f"{origin} has more than 8 bits a channel (mode {image.mode}); "
-            "expected 8-bit images, convert it first"
-        )
+        raise Unreadable(f"{origin} has more than 8 bits a channel (mode {image.mode}); expected 8-bit images, convert it first")
     mode = "RGB" if channels == 3 else "L"
     if image.mode != mode:
         image = image.convert(mode)
@@ -375,29 +368,19 @@ def _held_out(count: int, seed: int, name: str) -> tuple[np.ndarray, np.ndarray]
     return np.sort(order[size:]), np.sort(order[:size])
 
 
-def _load_npz(
-    path: pathlib.Path, image_size: int | None, channels: int | None, seed: int
-) -> Dataset:
+def _load_npz(path: pathlib.Path, image_size: int | None, channels: int | None, seed: int) -> Dataset:
     if not path.is_file():
-        raise FileNotFoundError(
-            f"{path} does not exist; expected a .npz file with an array `train`"
-        )
+        raise FileNotFoundError(f"{path} does not exist; expected a .npz file with an array `train`")
     try:
-        arrays = read_npz(
-            path, ("train", "images", "test", "labels", "train_labels", "test_labels")
-        )
+        arrays = read_npz(path, ("train", "images", "test", "labels", "train_labels", "test_labels"))
     except Unreadable as error:
-        raise Unreadable(
-            f"{error}; write it by numpy.savez(path, train=images) with uint8 images and no "
-            "pickled objects"
-        ) from None
+        raise Unreadable(f"{error}; write it by numpy.savez(path, train=images) with uint8 images and no pickled objects") from None
     key = next((k for k in ("train", "images") if k in arrays), None)
     if key is None:
         with zipfile.ZipFile(path) as archive:
             held = shown(sorted(n.removesuffix(".npy") for n in archive.namelist()))
         raise ValueError(
-            f"{path} holds the arrays {held}; expected `train` or `images`, "
-            "optionally `test`, `labels` or `train_labels`, `test_labels`"
+            f"{path} holds the arrays {held}; expected `train` or `images`, optionally `test`, `labels` or `train_labels`, `test_labels`"
         )
     train = _checked_examples(arrays[key], path, key)
     train_labels = _checked_labels(arrays, ("train_labels", "labels"), len(train), path)
@@ -405,8 +388,7 @@ def _load_npz(
         test = _checked_examples(arrays["test"], path, "test")
         if test.shape[1:] != train.shape[1:] or test.dtype != train.dtype:
             raise ValueError(
-                f"`test` of {path} has examples {test.shape[1:]} {test.dtype}; "
-                f"expected {train.shape[1:]} {train.dtype} like `{key}`"
+                f"`test` of {path} has examples {test.shape[1:]} {test.dtype}; expected {train.shape[1:]} {train.dtype} like `{key}`"
             )
         test_labels = _checked_labels(arrays, ("test_labels",), len(test), path)
     else:
@@ -433,9 +415,7 @@ def _checked_examples(array: np.ndarray, path: pathlib.Path, key: str) -> np.nda
         with np.errstate(over="ignore"):
             array = array.astype(np.float32)
         if not np.isfinite(array).all():
-            raise ValueError(
-                f"`{key}` of {path} holds NaN, infinity or numbers beyond float32; remove those examples"
-            )
+            raise ValueError(f"`{key}` of {path} holds NaN, infinity or numbers beyond float32; remove those examples")
         return array
     grey = array[..., None] if array.ndim == 3 else array
     if array.dtype != np.uint8 or grey.ndim != 4 or grey.shape[-1] not in (1, 3) or not grey.size:
@@ -446,23 +426,17 @@ def _checked_examples(array: np.ndarray, path: pathlib.Path, key: str) -> np.nda
     return grey
 
 
-def _checked_labels(
-    arrays: dict[str, np.ndarray], keys: Sequence[str], count: int, path: pathlib.Path
-) -> np.ndarray | None:
+def _checked_labels(arrays: dict[str, np.ndarray], keys: Sequence[str], count: int, path: pathlib.Path) -> np.ndarray | None:
     key = next((k for k in keys if k in arrays), None)
     if key is None:
         return None
     labels = arrays[key]
     if labels.shape != (count,) or not np.issubdtype(labels.dtype, np.integer):
-        raise ValueError(
-            f"`{key}` of {path} is {labels.dtype} {labels.shape}; expected integers ({count},)"
-        )
+        raise ValueError(f"`{key}` of {path} is {labels.dtype} {labels.shape}; expected integers ({count},)")
     return labels.astype(np.int32)
 
 
-def _conform(
-    images: np.ndarray, image_size: int | None, channels: int | None, origin: str
-) -> np.ndarray:
+def _conform(images: np.ndarray, image_size: int | None, channels: int | None, origin: str) -> np.ndarray:
     from PIL import Image
 
     height, width, have = images.shape[1:]
@@ -504,9 +478,7 @@ def _load_folder(
     return Dataset(name, train, test, num_levels=256)
 
 
-def _common_shape(
-    files: list[pathlib.Path], image_size: int | None, channels: int | None, name: str
-) -> tuple[int, int, int]:
+def _common_shape(files: list[pathlib.Path], image_size: int | None, channels: int | None, name: str) -> tuple[int, int, int]:
     from PIL import Image
 
     if image_size is not None and channels is not None:
@@ -522,9 +494,7 @@ def _common_shape(
         headers = list(pool.map(header, files))
     sizes = sorted({size for size, _ in headers})
     if image_size is None and len(sizes) > 1:
-        raise ValueError(
-            f"the images of {name} vary in size, from {sizes[0]} to {sizes[-1]}; set image_size"
-        )
+        raise ValueError(f"the images of {name} vary in size, from {sizes[0]} to {sizes[-1]}; set image_size")
     width, height = sizes[0] if image_size is None else (image_size, image_size)
     return height, width, channels or (1 if all(grey for _, grey in headers) else 3)
 
@@ -544,9 +514,7 @@ def _missing_module(error: ImportError) -> ImportError:
     found = re.search(r"No module named '(\w+)", str(error))
     module = found[1] if found else (error.name or "tensorflow_datasets")
     package = "-e '.[prepare]'" if module == "tensorflow" else module
-    return ImportError(
-        f"TFDS needs the module {module!r}, which is not installed; run: pip install {package}"
-    )
+    return ImportError(f"TFDS needs the module {module!r}, which is not installed; run: pip install {package}")
 
 
 def _unknown(name: str, tfds: Any) -> ValueError:
@@ -582,16 +550,13 @@ def _tfds_builder(tfds: Any, name: str, data_dir: str | None) -> Any:
         raise _missing_module(error) from None
     except Exception as error:
         # Without the builder's arguments in front and the list of near misses behind.
-        cause = re.sub(
-            r'^Failed to construct .*?}": |\. Here are .*', "", str(error).splitlines()[0]
-        )
+        cause = re.sub(r'^Failed to construct .*?}": |\. Here are .*', "", str(error).splitlines()[0])
         raise ValueError(f"TFDS cannot open the data set {name!r}: {cause}") from None
     finally:
         logging.set_verbosity(verbosity)
     if not any(isinstance(f, tfds.features.Image) for _, f in features.items()):
         raise ValueError(
-            f"TFDS data set {name!r} has no image feature, only {', '.join(features)}; "
-            "expected an image data set such as cifar10"
+            f"TFDS data set {name!r} has no image feature, only {', '.join(features)}; expected an image data set such as cifar10"
         )
     where = "" if data_dir is None else f", data_dir='{data_dir}'"
     # The `tfds` command line would do, but needs Apache Beam to start.
@@ -633,9 +598,7 @@ def _check_feature_names(name: str, data_dir: str | None) -> None:
         classes = re.findall(r'"(?:pythonClassName|type)"\s*:\s*"([^"]*\.[^"]*)"', path.read_text(errors="replace"))
         for other in classes:
             if not other.startswith("tensorflow_datasets."):
-                raise Unreadable(
-                    f"{path} names the feature {shown(other)}, which is not one of TFDS; remove that folder"
-                )
+                raise Unreadable(f"{path} names the feature {shown(other)}, which is not one of TFDS; remove that folder")
 
 
 def _load_tfds(
@@ -652,9 +615,7 @@ def _load_tfds(
     images = [k for k, f in features.items() if isinstance(f, tfds.features.Image)]
     key = "image" if "image" in images else images[0]
     if features[key].np_dtype != np.uint8:
-        raise ValueError(
-            f"feature {key!r} of TFDS data set {name!r} is {features[key].np_dtype}; expected uint8"
-        )
+        raise ValueError(f"feature {key!r} of TFDS data set {name!r} is {features[key].np_dtype}; expected uint8")
     height, width, have = features[key].shape
     if image_size is None and (height is None or width is None):
         raise ValueError(f"the images of TFDS data set {name!r} vary in size; set image_size")
@@ -677,9 +638,7 @@ def _load_tfds(
         except RuntimeError as error:
             raise _unreadable(name, builder.data_dir, error) from None
         records = functools.partial(_read_records, source, name, str(builder.data_dir))
-        decode = functools.partial(
-            _from_bytes, image_size=image_size, channels=item_shape[-1], origin=f"{name} {split}"
-        )
+        decode = functools.partial(_from_bytes, image_size=image_size, channels=item_shape[-1], origin=f"{name} {split}")
         pixels = LazyArray(records, lambda r: decode(r[key]), rows, item_shape, np.uint8)
         if not labelled:
             return pixels, None
@@ -710,9 +669,7 @@ def _epoch_order(seed: int, epoch: int, count: int) -> np.ndarray:
     return order
 
 
-def _read_batch(
-    step: int, dataset: Dataset, batch_size: int, seed: int, shard: tuple[int, int]
-) -> dict[str, np.ndarray]:
+def _read_batch(step: int, dataset: Dataset, batch_size: int, seed: int, shard: tuple[int, int]) -> dict[str, np.ndarray]:
     count, size = len(dataset.train), batch_size // shard[1]
     position = int(step) * batch_size + shard[0] * size + np.arange(size)
     epochs, places = np.divmod(position, count)
@@ -726,9 +683,7 @@ def _read_batch(
     return batch
 
 
-def batches(
-    dataset: Dataset, batch_size: int, seed: int, *, shard: tuple[int, int] = (0, 1)
-) -> "grain.MapDataset":
+def batches(dataset: Dataset, batch_size: int, seed: int, *, shard: tuple[int, int] = (0, 1)) -> "grain.MapDataset":
     """Endless shuffled training batches: `batches(...)[step]` is a pure function of (seed, step).
 
     A batch is a dict of numpy arrays, `x` `(B, *event)` and, where there are labels, `label`
@@ -747,16 +702,13 @@ def batches(
         raise ValueError(f"shard={shard}: expected (index, count) with 0 <= index < count")
     if batch_size < 1 or batch_size % hosts:
         raise ValueError(
-            f"batch_size={batch_size}: expected a positive multiple of the {hosts} host(s); "
-            f"try {hosts * max(1, batch_size // hosts)}"
+            f"batch_size={batch_size}: expected a positive multiple of the {hosts} host(s); try {hosts * max(1, batch_size // hosts)}"
         )
     if not 0 <= seed < 2**64:
         raise ValueError(f"seed={seed}: expected an integer from 0 to 2**64 - 1")
     # Grain's own shuffle costs some 30 microseconds for each example; one permutation for each
     # epoch makes a batch of 128 small images about a hundred times cheaper.
-    read = functools.partial(
-        _read_batch, dataset=dataset, batch_size=batch_size, seed=seed, shard=shard
-    )
+    read = functools.partial(_read_batch, dataset=dataset, batch_size=batch_size, seed=seed, shard=shard)
     return grain.MapDataset.range(sys.maxsize // batch_size).map(read)
 
 
@@ -770,9 +722,7 @@ def read_ahead(batches: "grain.MapDataset", start: int = 0) -> Iterator[dict[str
     return iter(batches[start:].to_iter_dataset(options))
 
 
-def eval_batches(
-    array: Any, batch_size: int, *, shard: tuple[int, int] = (0, 1)
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def eval_batches(array: Any, batch_size: int, *, shard: tuple[int, int] = (0, 1)) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Pairs `(batch, mask)` that cover every row of `array` once, in order.
 
     batch `(B, *event)`; mask bool `(B,)`, False on the rows that pad the last batch (they repeat
@@ -810,13 +760,9 @@ class Scaler:
 
     def __post_init__(self):
         if self.num_levels is not None and not 2 <= self.num_levels <= 256:
-            raise ValueError(
-                f"num_levels={self.num_levels}: expected 2 to 256, or None for vectors"
-            )
+            raise ValueError(f"num_levels={self.num_levels}: expected 2 to 256, or None for vectors")
 
-    def dequantize(
-        self, key: PRNGKeyArray, k: Num[Array | np.ndarray, "*shape"]
-    ) -> Float[Array, "*shape"]:
+    def dequantize(self, key: PRNGKeyArray, k: Num[Array | np.ndarray, "*shape"]) -> Float[Array, "*shape"]:
         """Model-space values of the levels k with uniform u (arXiv:1511.01844, section 3.1).
 
         u is uniform on the midpoints of 2^14 equal parts of (0, 1), so `decode` inverts it exactly.
@@ -878,9 +824,7 @@ class Scaler:
         middle = (np.arange(self.num_levels, dtype=np.float32) + 0.5) / self.num_levels
         return 2 * middle - 1 if self.centered else middle
 
-    def bits_per_dim(
-        self, log_prob_nats: Float[Array | np.ndarray, "*batch"], num_dims: int
-    ) -> Float[Array, "*batch"]:
+    def bits_per_dim(self, log_prob_nats: Float[Array | np.ndarray, "*batch"], num_dims: int) -> Float[Array, "*batch"]:
         """-log2 p / D of a density of model-space values, as a density of k + u (of y for vectors).
 
         The expectation over u bounds the discrete code length from above (arXiv:1511.01844,
@@ -892,9 +836,7 @@ class Scaler:
         return bits + math.log2(self.num_levels / (2 if self.centered else 1))
 
 
-def random_flip(
-    key: PRNGKeyArray, x: Num[Array | np.ndarray, "batch height width channels"]
-) -> Num[Array, "batch height width channels"]:
+def random_flip(key: PRNGKeyArray, x: Num[Array | np.ndarray, "batch height width channels"]) -> Num[Array, "batch height width channels"]:
     """Each image mirrored left to right with probability 1/2. Not for digits or letters."""
     flip = jax.random.bernoulli(key, 0.5, (x.shape[0], 1, 1, 1))
     return jnp.where(flip, x[:, :, ::-1], x)

@@ -59,7 +59,7 @@ def truncated_normal_dequantize(scaler, sde: SDE, key: PRNGKeyArray, levels: Lev
 
 
 def variational_dequantize(scaler, network, key: PRNGKeyArray, levels: Levels) -> Draw:
-    """A learned place in the cell, sigmoid(mean + std eps) of its width (arXiv:1902.00275 section 3.1, with a Gaussian in place of the flow).
+    """A learned place in the cell, sigmoid(mean + std eps) of its width (arXiv:1902.00275 section 3.1, a Gaussian for the flow).
 
     Differentiable in the network's parameters: descend the mean of log q - log p(x).
 

@@ -16,17 +16,13 @@ from jaxtyping import Array, Float
 from sde_diffusion.sde import SDE, VE, Number, Times, _UnitPrior, check, pytree_dataclass
 
 
-def linear_betas(
-    num_levels: int = 1000, beta_min: float = 1e-4, beta_max: float = 0.02
-) -> Float[Array, " n"]:
+def linear_betas(num_levels: int = 1000, beta_min: float = 1e-4, beta_max: float = 0.02) -> Float[Array, " n"]:
     """DDPM's betas, linear in the level, `(num_levels,)` (arXiv:2006.11239 section 4)."""
     check(num_levels >= 1, f"num_levels={num_levels} must be at least 1; DDPM has 1000")
     return jnp.linspace(beta_min, beta_max, num_levels)
 
 
-def cosine_betas(
-    num_levels: int = 1000, offset: float = 0.008, max_beta: float = 0.999
-) -> Float[Array, " n"]:
+def cosine_betas(num_levels: int = 1000, offset: float = 0.008, max_beta: float = 0.999) -> Float[Array, " n"]:
     """Betas of the cosine schedule, clipped at max_beta, `(num_levels,)` (arXiv:2102.09672 eq. 17)."""
     check(num_levels >= 1, f"num_levels={num_levels} must be at least 1; 1000 is usual")
     edges = np.linspace(0.0, 1.0, num_levels + 1)

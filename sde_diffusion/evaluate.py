@@ -35,7 +35,7 @@ class Run(NamedTuple):
 
 
 def load_run(workdir: str | Path) -> Run:
-    """The newest checkpoint of a workdir that `python -m sde_diffusion.main` wrote. The data need not be on this machine: data.json tells their shape.
+    """The newest checkpoint of a workdir that `python -m sde_diffusion.main` wrote. The data need not be here: data.json tells their shape.
 
     Raises:
       ValueError: no config or no checkpoint there, none that can be read, or another data.json.
@@ -164,9 +164,7 @@ def bits_per_dim(config: ConfigDict, params, mesh, scaler: data.Scaler, examples
     return _mean(bits, "log-likelihood", "loosen eval.rtol and eval.atol, or train longer")
 
 
-def bound_bits_per_dim(
-    config: ConfigDict, params, mesh, scaler: data.Scaler, examples, partial: Path | None = None
-) -> dict[str, float]:
+def bound_bits_per_dim(config: ConfigDict, params, mesh, scaler: data.Scaler, examples, partial: Path | None = None) -> dict[str, float]:
     """Bits/dim of `examples` by the variational bound: the total and each term, with standard errors over the examples.
 
     Of the levels themselves, without dequantization; of vectors, of their density. The mean of `eval.bound_draws` draws of
@@ -180,8 +178,11 @@ def bound_bits_per_dim(
     def terms(params, key, levels):
         draws = jnp.broadcast_to(scaler.encode(levels), (config.eval.bound_draws, *levels.shape))
         bound = variational_bound(
-            configs.build_score(config, params, distribute=sharding.with_gathered(mesh)), configs.build_sde(config, params), key,
-            draws, values=scaler.values(),
+            configs.build_score(config, params, distribute=sharding.with_gathered(mesh)),
+            configs.build_sde(config, params),
+            key,
+            draws,
+            values=scaler.values(),
         )
         return jnp.stack(bound).mean(axis=1)
 
@@ -294,7 +295,13 @@ def evaluate(config: ConfigDict, workdir: Path, params, step: int, dataset: data
         lines.append(("held-out bits/dim", _with_error(bound["bits_per_dim"], bound["stderr"]),
                       f"variational bound, {bound['num']:,}{of} examples, {config.eval.bound_draws} draws each"))  # fmt: skip
         for term in Bound._fields:
-            lines.append((f"  {term}", _with_error(bound[term], bound[f"{term}_stderr"]), "of the levels" if term == "reconstruction" and discrete else ""))
+            lines.append(
+                (
+                    f"  {term}",
+                    _with_error(bound[term], bound[f"{term}_stderr"]),
+                    "of the levels" if term == "reconstruction" and discrete else "",
+                )
+            )
     if config.eval.ode:
         ode = bits_per_dim(config, params, mesh, scaler, examples, partial("ode"))
         t_end = config.eval.t_end if config.eval.t_end is not None else configs.build_sde(config, params).t_min
@@ -307,7 +314,9 @@ def evaluate(config: ConfigDict, workdir: Path, params, step: int, dataset: data
     if config.eval.gaussian_mixture and discrete and components:
         bits, k = gaussian_mixture_bits_per_dim(dataset, scaler, components)
         out |= {f"gaussian_mixture_{name}": value for name, value in bits.items()} | {"gaussian_mixture_components": k}
-        lines.append(("  best Gaussian mixture", _with_error(bits["bits_per_dim"], bits["stderr"]), f"{k} full-covariance components, same split"))
+        lines.append(
+            ("  best Gaussian mixture", _with_error(bits["bits_per_dim"], bits["stderr"]), f"{k} full-covariance components, same split")
+        )
     if dataset.name == "gaussian_mixture_2d":
         exact = GaussianMixture(*data.gaussian_mixture_2d()).log_prob(jnp.asarray(examples))
         bits = _mean(scaler.bits_per_dim(exact, 2), "exact density", "are the data finite?")

@@ -65,7 +65,8 @@ def log_likelihood(
       probe: "rademacher" or "gaussian"; num_probes: probes averaged, at least 1.
       rtol, atol: tolerances of one step, for x / c and for the log-density per dimension.
       t_end: where the data is taken to live, in [t_train, t_max); `sde.t_min` by default.
-      max_steps: steps after which an example is given up: its value is nan. So it is where no step is short enough, as of a score that is not finite.
+      max_steps: steps after which an example is given up: its value is nan, as where no step is short enough (a score that is
+        not finite).
       method: "adams" (order 3, 1 evaluation a step: the cheapest on networks), "dopri8" (8, 13 evaluations: for tolerances
         below 1e-7), "tsit5" (5, 6) or "heun" (2, 2).
       num_steps, grid: fixed times, as in `sample_ode`; "student" by default. Adams splits the first step, for 4 evaluations more.
@@ -77,8 +78,8 @@ def log_likelihood(
       details: return a `Likelihood`: the value with its standard error, latent and count of evaluations.
 
     Raises:
-      ValueError: unknown name, num_probes < 1, t_end or a grid outside the range, num_steps beside a grid of another length, no random key, a
-        score of another SDE, or of the wrong shape or dtype.
+      ValueError: unknown name, num_probes < 1, t_end or a grid outside the range, num_steps beside a grid of another length, no random key,
+        a score of another SDE, or of the wrong shape or dtype.
     """
     if trace not in ("hutchinson", "exact"):
         raise ValueError(f"unknown trace {trace!r}; choose 'hutchinson' or 'exact'")
@@ -307,9 +308,7 @@ def _adams(rate, u, probes, start, stop, nodes, rtol, atol, max_steps, batch_siz
     # Without batch_size, score_fn may be of just these examples; on several devices, the batch may lie split over them.
     if batch_size is not None and jax.default_backend() == "cpu" and jax.device_count() == 1:
         weighted = _in_halves(weighted)
-    return adams(
-        weighted, u, probes, start, stop, rtol, atol, max_steps=max_steps, longest=longest, times=nodes, batch_size=batch_size
-    )
+    return adams(weighted, u, probes, start, stop, rtol, atol, max_steps=max_steps, longest=longest, times=nodes, batch_size=batch_size)
 
 
 def _in_halves(fn, smallest: int = 128):

@@ -58,12 +58,15 @@ def weighted_error(score_fn, sde, key, x0, times, weigh, return_times, error=noi
 def score_matching_weight(sde: SDE, weighting: str | Callable, times) -> Callable:
     """The factor of sigma^2 |score error|^2 in E_t[w(t) |score error|^2], of (t, importance); weighting: as in `dsm_loss`."""
     if callable(weighting):
+
         def w(t):
             return check_weights(weighting(t), t, "weighting", "t") / sde.sigma(t) ** 2
     else:
         by_name = lookup({name: TIME_WEIGHTS[name] for name in ("sigma2", "likelihood")}, weighting, "weighting")
+
         def w(t):
             return by_name(sde, t)
+
     span = sde.t_max - sde.t_train if isinstance(times, (str, AdaptiveTimes)) else 1.0
     return lambda t, importance: w(t) * importance / span
 

@@ -197,7 +197,9 @@ def _join_processes(distributed: bool = False) -> None:
     # Its handler would keep a SIGTERM to itself until `Signals` takes over: the run would go on until it is killed.
     jax.config.update("jax_enable_preemption_service", False)
     # JAX itself ends a process that waits in vain, without a line that says so.
-    late = threading.Timer(10.0, print, ["waiting for the other processes of this run, up to 5 minutes ..."], {"file": sys.stderr, "flush": True})
+    late = threading.Timer(
+        10.0, print, ["waiting for the other processes of this run, up to 5 minutes ..."], {"file": sys.stderr, "flush": True}
+    )
     late.daemon = True
     late.start()
     try:
@@ -227,7 +229,7 @@ def _quiet_threads() -> None:
 
 
 def start(values: flags.FlagValues = flags.FLAGS) -> Start:
-    """Checks all that the parsed flags say, reads the data where they are needed, and prepares; one line and exit status 2 for what is wrong.
+    """Checks all that the parsed flags say, reads the data where needed, and prepares; one line and exit status 2 for what is wrong.
 
     Writes nothing, and compiles nothing.
     """
@@ -264,12 +266,13 @@ def start(values: flags.FlagValues = flags.FLAGS) -> Start:
             changes = configs.differences(config, configs.load(saved))
             if changes:
                 raise ValueError(
-                    f"{workdir} holds a run of another config ({'; '.join(changes)}); use another --workdir, or drop "
-                    "these changes"
+                    f"{workdir} holds a run of another config ({'; '.join(changes)}); use another --workdir, or drop these changes"
                 )
         n = config.sample.num_steps
         if values.mode == "fit_solver" and not 2 <= n < 100:
-            raise ValueError(f"sample.num_steps={n}: --mode=fit_solver needs 2 to 99 evaluations, fewer than its fine solutions have; 5 to 20 is usual")
+            raise ValueError(
+                f"sample.num_steps={n}: --mode=fit_solver needs 2 to 99 evaluations, fewer than its fine solutions have; 5 to 20 is usual"
+            )
         facts = None if step is None else data.read_facts(workdir / "data.json")
         # Neither needs an example, but that a picture of points in the plane shows them beside the data.
         if facts and (values.mode == "fit_solver" or (values.mode == "sample" and facts["shape"] != [2])):
@@ -360,7 +363,9 @@ def _check_same_data(workdir: Path, before: dict, now: dict) -> None:
 
     changes = [f"{k}: {shown(v)} -> {now.get(k)}" for k, v in before.items() if now.get(k) != v]
     if changes:
-        raise ValueError(f"the data are not those that {workdir} was begun with ({'; '.join(changes)}); restore them, or use another --workdir")
+        raise ValueError(
+            f"the data are not those that {workdir} was begun with ({'; '.join(changes)}); restore them, or use another --workdir"
+        )
 
 
 def _use(run: Start, params, step: int) -> None:

@@ -24,10 +24,8 @@ PREDICTIONS: dict[str, Callable] = {
     ),
     # EDM's preconditioning (arXiv:2206.00364 table 1) with x / alpha and sigma / alpha in place of its x and sigma.
     "edm": lambda x, f, alpha, sigma, std: (
-        alpha * std**2 / (sigma**2 + (alpha * std) ** 2) * x
-        + sigma * std / jnp.sqrt(sigma**2 + (alpha * std) ** 2) * f,
-        sigma / (sigma**2 + (alpha * std) ** 2) * x
-        - alpha * std / jnp.sqrt(sigma**2 + (alpha * std) ** 2) * f,
+        alpha * std**2 / (sigma**2 + (alpha * std) ** 2) * x + sigma * std / jnp.sqrt(sigma**2 + (alpha * std) ** 2) * f,
+        sigma / (sigma**2 + (alpha * std) ** 2) * x - alpha * std / jnp.sqrt(sigma**2 + (alpha * std) ** 2) * f,
     ),
 }
 
@@ -61,9 +59,7 @@ class NetworkScore:
     prediction: str = dataclasses.field(metadata={"static": True})
     noise_label: str = dataclasses.field(metadata={"static": True})
 
-    def predict(
-        self, x: Float[Array, "b ..."], t: Float[Array, " b"]
-    ) -> tuple[Float[Array, "b ..."], Float[Array, "b ..."]]:
+    def predict(self, x: Float[Array, "b ..."], t: Float[Array, " b"]) -> tuple[Float[Array, "b ..."], Float[Array, "b ..."]]:
         """The network's (x0, eps), each of x's shape; finite also at zero terminal SNR (x0, v and EDM predictions)."""
         alpha, sigma = expand(self.sde.alpha(t), x), expand(self.sde.sigma(t), x)
         scale = 1.0
@@ -102,7 +98,8 @@ def as_score(
       sigma_data: standard deviation of the data about its mean: of "edm", and of the samplers' default method and grid.
 
     Raises:
-      ValueError: unknown name; no SDE; sigma_data not positive; eps- or score-prediction for an SDE with zero terminal SNR, which leaves x0 undefined.
+      ValueError: unknown name; no SDE; sigma_data not positive; eps- or score-prediction for an SDE with zero terminal SNR,
+        which leaves x0 undefined.
     """
     lookup(PREDICTIONS, prediction, "prediction")
     noise_label = noise_label or ("edm" if prediction == "edm" else "t")
@@ -150,7 +147,7 @@ class _Static:
 
 
 def zero_terminal_snr(sde: SDE, t=None) -> bool:
-    """Whether alpha(t) = 0, t_max by default, or too small for a number of float's precision; False where t or the SDE's fields are traced."""
+    """Whether alpha(t) = 0, t_max by default, or too small for float's precision; False where t or the SDE's fields are traced."""
     # Inside jax.jit an operation on constants is traced as well, unless it is asked not to be.
     with jax.ensure_compile_time_eval():
         t = jnp.asarray(sde.t_max if t is None else t, float)
@@ -202,17 +199,14 @@ def score(score_fn, x: Float[Array, "b ..."], t: Float[Array, "..."]) -> Float[A
         raise ValueError(f"score_fn returned a {type(out).__name__}; return one array of shape {x.shape}")
     if out.shape != x.shape:
         raise ValueError(
-            f"score_fn returned shape {out.shape} for x of shape {x.shape} and t of shape {t.shape}; "
-            "return one score for each entry of x"
+            f"score_fn returned shape {out.shape} for x of shape {x.shape} and t of shape {t.shape}; return one score for each entry of x"
         )
     if out.dtype != x.dtype:
         raise ValueError(f"score_fn returned {out.dtype} for x of {x.dtype}; end it with .astype(x.dtype)")
     return out
 
 
-def predict(
-    score_fn, sde: SDE, x: Float[Array, "b ..."], t: Float[Array, "..."]
-) -> tuple[Float[Array, "b ..."], Float[Array, "b ..."]]:
+def predict(score_fn, sde: SDE, x: Float[Array, "b ..."], t: Float[Array, "..."]) -> tuple[Float[Array, "b ..."], Float[Array, "b ..."]]:
     """(x0, eps) at x `(B, *event)`, one evaluation: Tweedie's x0 = (x + sigma^2 score) / alpha, eps = -sigma score.
 
     A score function with its own method `predict(x, t)` (see `as_score`) answers directly, without the division.

@@ -131,17 +131,13 @@ def image_grid(
     images = np.asarray(images)
     count, height, width, channels = images.shape
     if not images.size or channels not in (1, 3):
-        raise ValueError(
-            f"images of shape {images.shape}: expected (N, H, W, C), C = 1 or 3, N > 0"
-        )
+        raise ValueError(f"images of shape {images.shape}: expected (N, H, W, C), C = 1 or 3, N > 0")
     if scale is None:
         scale = max(1, math.ceil(40 / min(height, width)))
     if columns is None:
         columns = min(count, max(1, math.ceil(math.sqrt(count * height / width))))
     if columns < 1 or scale < 1 or padding < 0:
-        raise ValueError(
-            f"columns={columns}, scale={scale}, padding={padding}: expected at least 1, 1 and 0"
-        )
+        raise ValueError(f"columns={columns}, scale={scale}, padding={padding}: expected at least 1, 1 and 0")
     rows = math.ceil(count / columns)
     down, right = height + padding, width + padding
     grid = np.full((rows * down + padding, columns * right + padding, channels), 128, np.uint8)
@@ -151,9 +147,7 @@ def image_grid(
     return grid.repeat(scale, axis=0).repeat(scale, axis=1)
 
 
-def save_image(
-    path: str | os.PathLike, array: UInt8[Array | np.ndarray, "height width channels"]
-) -> None:
+def save_image(path: str | os.PathLike, array: UInt8[Array | np.ndarray, "height width channels"]) -> None:
     """Write a grey or RGB picture, in the format of the suffix, all of it or nothing."""
     from PIL import Image
 
@@ -207,10 +201,7 @@ def energy_distance(
     float64, O(n^2) time, O(n chunk) memory. Raises ValueError for sizes that do not match.
     """
     if len(x) != len(y) or not len(x) or np.shape(x)[1:] != np.shape(y)[1:]:
-        raise ValueError(
-            f"shapes {np.shape(x)} and {np.shape(y)}: expected two equal, non-empty sets of "
-            "examples; cut the longer one"
-        )
+        raise ValueError(f"shapes {np.shape(x)} and {np.shape(y)}: expected two equal, non-empty sets of examples; cut the longer one")
     x = np.asarray(x, np.float64).reshape(len(x), -1)
     y = np.asarray(y, np.float64).reshape(len(y), -1)
     if not (np.isfinite(x).all() and np.isfinite(y).all()):

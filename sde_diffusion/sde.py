@@ -166,9 +166,7 @@ class SDE:
         """g(t) >= 0, from g^2 = -sigma^2 d lambda / dt."""
         return self.sigma(t) * jnp.sqrt(-self.log_snr_rate(t))
 
-    def perturb(
-        self, x0: Float[Array, "..."], eps: Float[Array, "..."], t: Times
-    ) -> Float[Array, "..."]:
+    def perturb(self, x0: Float[Array, "..."], eps: Float[Array, "..."], t: Times) -> Float[Array, "..."]:
         """x_t = alpha(t) x_0 + sigma(t) eps, of x0's shape; a draw from the marginal when eps ~ N(0, I)."""
         return expand(self.alpha(t), x0) * x0 + expand(self.sigma(t), x0) * eps
 
@@ -176,9 +174,7 @@ class SDE:
         """Standard deviation of the Gaussian that stands for the marginal at `t_max`."""
         return self.sigma(jnp.asarray(self.t_max))
 
-    def prior_sample(
-        self, key: PRNGKeyArray, shape: tuple[int, ...], dtype: Any = float
-    ) -> Float[Array, "..."]:
+    def prior_sample(self, key: PRNGKeyArray, shape: tuple[int, ...], dtype: Any = float) -> Float[Array, "..."]:
         """A draw from N(0, prior_std^2 I) of the given shape `(B, *event)`."""
         return self.prior_std().astype(dtype) * jax.random.normal(key, shape, dtype)
 

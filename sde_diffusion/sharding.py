@@ -70,9 +70,7 @@ def with_gathered(mesh: Mesh) -> Callable[[Callable], Callable]:
     """A network's `apply` for parameters in `layout`, without gradient by them: XLA gathers each where it is used."""
 
     def wrap(apply):
-        return lambda variables, *args, **options: apply(
-            jax.lax.with_sharding_constraint(variables, replicated(mesh)), *args, **options
-        )
+        return lambda variables, *args, **options: apply(jax.lax.with_sharding_constraint(variables, replicated(mesh)), *args, **options)
 
     return (lambda apply: apply) if mesh.shape["shard"] == 1 else wrap
 
@@ -124,7 +122,9 @@ def over_axis(name: str) -> Callable[[Callable], Callable]:
     def wrap(apply):
         def split_apply(variables, x, c, **options):
             count = jax.lax.axis_size(name)
-            check(len(x) % count == 0, f"a batch of {len(x)} does not divide over the {count} devices of jax.pmap; use a multiple of {count}")
+            check(
+                len(x) % count == 0, f"a batch of {len(x)} does not divide over the {count} devices of jax.pmap; use a multiple of {count}"
+            )
 
             def part(a):
                 return jax.lax.dynamic_slice_in_dim(a, jax.lax.axis_index(name) * (len(x) // count), len(x) // count)

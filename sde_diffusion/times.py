@@ -32,7 +32,8 @@ class AdaptiveTimes:
     Attributes:
       squares, counts: discounted sums of the squared loss per unit of lambda, and of examples, `(bins,)` each.
       decay: what an update leaves of the sums; 0.99 remembers about 100 batches.
-      floor: the share of the times that stays uniform in lambda, in (0, 1]: no importance weight exceeds that of "log_snr" by more than 1 / floor.
+      floor: the share of the times that stays uniform in lambda, in (0, 1]: no importance weight exceeds that of "log_snr" by more than
+        1 / floor.
     """
 
     squares: Any = None

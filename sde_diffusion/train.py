@@ -342,14 +342,12 @@ def train(config: ConfigDict, workdir: Path, dataset: data.Dataset, signals: Sig
             out_shardings=(layout, sharding.replicated(mesh)),
             donate_argnums=(0, 1),
         )
-        batches = data.batches(
-            dataset, c.batch_size, config.seed, shard=(jax.process_index(), jax.process_count())
-        )
+        batches = data.batches(dataset, c.batch_size, config.seed, shard=(jax.process_index(), jax.process_count()))
         fresh_totals = lambda: jax.device_put(zero_totals(), sharding.replicated(mesh))  # noqa: E731
         totals = fresh_totals()
         draw = evaluate.make_sampler(config, mesh, dataset.event_shape)
         with (
-            (report.Metrics(workdir, resume_step=start) if main_host else contextlib.nullcontext()) as metrics,
+            report.Metrics(workdir, resume_step=start) if main_host else contextlib.nullcontext() as metrics,
             tqdm(total=c.num_steps, initial=start, unit="step", disable=not main_host, file=sys.stderr) as bar,
         ):
             ready = None  # totals of a finished interval, read one step later so that the device never waits

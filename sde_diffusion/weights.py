@@ -68,9 +68,7 @@ LOG_SNR_WEIGHTS: dict[str, Weight] = {
         "arXiv:2206.00364 (EDM)",
     ),
     "sigmoid": Weight(lambda l: jax.nn.sigmoid(2.0 - l), "sigmoid(2 - lambda)", "arXiv:2303.00848 section 4"),
-    "simple_cosine": Weight(
-        lambda l: jnp.exp(_log_sech(l / 2)), "sech(lambda/2)", "arXiv:2102.09672 (IDDPM): L_simple, cosine schedule"
-    ),
+    "simple_cosine": Weight(lambda l: jnp.exp(_log_sech(l / 2)), "sech(lambda/2)", "arXiv:2102.09672 (IDDPM): L_simple, cosine schedule"),
     "p2": p2(),
     "min_snr": min_snr(),
     "v_mse": Weight(lambda l: jnp.exp(-l / 2), "e^(-lambda/2)", "arXiv:2202.00512: |v - v_hat|^2, cosine schedule"),
@@ -121,9 +119,7 @@ def loss_weight(weight: str | Callable) -> Callable:
 def check_weights(w, argument, kind: str, name: str):
     """w, or a ValueError where it is not one number for each entry of the argument (a constant will do)."""
     if jnp.shape(w) not in ((), argument.shape):
-        raise ValueError(
-            f"the {kind} returned shape {jnp.shape(w)} for {name} of shape {argument.shape}; return one number for each entry"
-        )
+        raise ValueError(f"the {kind} returned shape {jnp.shape(w)} for {name} of shape {argument.shape}; return one number for each entry")
     return w
 
 

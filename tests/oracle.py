@@ -59,6 +59,7 @@ def standard_error(values):
 
 def perturbed(exact, sde, amount):
     """The exact score plus amount times a smooth error that grows as the score does, 1 / sigma."""
+
     def score_fn(x, t):
         scale = jnp.sqrt(sde.alpha(t) ** 2 + sde.sigma(t) ** 2)[:, None]
         return exact(x, t) + amount * (jnp.sin(2 * x / scale) + 0.3) / sde.sigma(t)[:, None]
@@ -76,7 +77,7 @@ def _eps_with_error(exact, inside, outside, sde, x, t):
 
 
 def eps_network(sde, seed=3, dim=16):
-    """The exact eps of a mixture, 0.02 off by what depends on x and on the log-SNR and has no place in any data; and the data's standard deviation."""
+    """The exact eps of a mixture, 0.02 off by what depends on x and the log-SNR and has no place in any data; and the data's deviation."""
     random = np.random.default_rng(seed)
     oracle = sd.GaussianMixture(np.full(4, 0.25), 0.5 * random.normal(size=(4, dim)), np.tile(0.05 * np.eye(dim), (4, 1, 1)))
     inside, outside = (jnp.asarray(random.normal(size=(dim, dim)) / np.sqrt(dim), jnp.float32) for _ in range(2))

@@ -26,7 +26,9 @@ def test_adaptive_solvers_reach_the_exact_flow(name, x64):
     exact = b[0] * MEAN + b[1] / a[1] * (np.asarray(init) - a[0] * MEAN)
     for method in ("tsit5", "dopri5", "dopri8", "heun"):
         fine, rough = (
-            sd.sample_adaptive(score_fn, sde, jax.random.key(0), (6, 2), init=init, method=method, rtol=tol, atol=tol, t_end=s, denoise=False)
+            sd.sample_adaptive(
+                score_fn, sde, jax.random.key(0), (6, 2), init=init, method=method, rtol=tol, atol=tol, t_end=s, denoise=False
+            )
             for tol in (1e-6, 1e-2)
         )
         assert fine.success.all()
@@ -58,7 +60,8 @@ def test_adaptive_steps_do_not_leap_over_a_mean(sde, std, mean):
 
 
 @pytest.mark.parametrize(
-    "options", [{"method": m} for m in ("tsit5", "dopri5", "dopri8", "heun")] + [{"method": m, "noise_level": 1.0} for m in ("shark", "sra1")]
+    "options",
+    [{"method": m} for m in ("tsit5", "dopri5", "dopri8", "heun")] + [{"method": m, "noise_level": 1.0} for m in ("shark", "sra1")],
 )
 @pytest.mark.parametrize("denoise", [False, True])
 def test_adaptive_evaluations_are_counted_right(options, denoise):

@@ -17,10 +17,7 @@ def scipy_marginal(sde, t):
     weights, means = np.array([0.3, 0.7]), np.array([[1.2, -0.5], [-0.8, 0.6]])
     covariances = np.array([[[0.3, 0.1], [0.1, 0.2]], [[0.5, -0.3], [-0.3, 0.4]]])
     alpha, sigma = (1.0, 0.0) if sde is None else (float(sde.alpha(t)), float(sde.sigma(t)))
-    parts = [
-        scipy.stats.multivariate_normal(alpha * m, alpha**2 * c + sigma**2 * np.eye(2))
-        for m, c in zip(means, covariances)
-    ]
+    parts = [scipy.stats.multivariate_normal(alpha * m, alpha**2 * c + sigma**2 * np.eye(2)) for m, c in zip(means, covariances)]
     return lambda x: np.log(sum(w * p.pdf(x) for w, p in zip(weights, parts)))
 
 

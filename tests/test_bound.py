@@ -86,12 +86,8 @@ def test_the_discrete_bound_is_a_kl_of_joint_gaussians(num_steps, x64):
     cov_q, cov_p = root_q @ root_q.T, root_p @ root_p.T
     gap = mean_p - mean_q
     solved = np.linalg.solve(cov_p, np.concatenate([cov_q, gap[:, None]], axis=1))
-    expected = 0.5 * (
-        np.trace(solved[:, :-1]) + gap @ solved[:, -1] - len(t) + np.linalg.slogdet(cov_p)[1] - np.linalg.slogdet(cov_q)[1]
-    )
-    bound = jax.jit(
-        lambda key: sd.variational_bound(score_fn, sde, key, jnp.full((n, 1), x), num_steps=num_steps)
-    )(jax.random.key(1))
+    expected = 0.5 * (np.trace(solved[:, :-1]) + gap @ solved[:, -1] - len(t) + np.linalg.slogdet(cov_p)[1] - np.linalg.slogdet(cov_q)[1])
+    bound = jax.jit(lambda key: sd.variational_bound(score_fn, sde, key, jnp.full((n, 1), x), num_steps=num_steps))(jax.random.key(1))
     values = np.asarray(bound.prior + bound.diffusion)
     assert abs(values.mean() - expected) < 4 * values.std() / np.sqrt(n)
     assert values.std() / np.sqrt(n) < 0.02 * expected
@@ -218,7 +214,9 @@ def test_a_learned_interior_reaches_the_smallest_variance():
     # h = |eps - eps_hat|^2 / 2 by level, from many draws at each.
     linear = sd.LinearLogSNR(8.0, -10.0)
     x0, t = oracle.sample(jax.random.key(1), 20_000), jnp.linspace(0.005, 0.995, 100)
-    errors = jax.jit(jax.vmap(lambda t: (sd.losses.noise_error(oracle.score_fn(linear), linear, jax.random.key(2), x0, jnp.full(20_000, t)) ** 2).mean()))(t)
+    errors = jax.jit(
+        jax.vmap(lambda t: (sd.losses.noise_error(oracle.score_fn(linear), linear, jax.random.key(2), x0, jnp.full(20_000, t)) ** 2).mean())
+    )(t)
     least = float((18 * 0.5 * jnp.sqrt(errors).mean()) ** 2)
     end = second_moment(network)
     assert end < 0.8 * start

@@ -34,9 +34,7 @@ def test_digits_are_a_stratified_split_of_scikit_learns():
     def rows(images, labels):
         return np.concatenate([images.reshape(len(images), -1), labels[:, None]], axis=1)
 
-    ours = np.concatenate(
-        [rows(digits.train, digits.train_labels), rows(digits.test, digits.test_labels)]
-    )
+    ours = np.concatenate([rows(digits.train, digits.train_labels), rows(digits.test, digits.test_labels)])
     theirs = rows(*load_digits(return_X_y=True))
     assert sorted(map(tuple, ours)) == sorted(map(tuple, theirs))
     share = np.bincount(digits.test_labels) / np.bincount(theirs[:, -1].astype(int))
@@ -128,9 +126,7 @@ def write_tfds(folder, splits, labels, shape, file_format="array_record"):
             if labels is not None:
                 example.features.feature["label"].int64_list.value.append(int(labels[split][i]))
             records.append(example.SerializeToString())
-        writer = ArrayRecordWriter(
-            str(folder / f"tiny-{split}.{file_format}-00000-of-00001"), "group_size:1"
-        )
+        writer = ArrayRecordWriter(str(folder / f"tiny-{split}.{file_format}-00000-of-00001"), "group_size:1")
         for record in records:
             writer.write(record)
         writer.close()
@@ -387,9 +383,7 @@ def test_bad_folders_get_one_line(tmp_path):
 
 def numbered(count):
     rows = np.arange(count)
-    return data.Dataset(
-        "numbered", rows[:, None].astype(np.float32), rows[:2], rows.astype(np.int32)
-    )
+    return data.Dataset("numbered", rows[:, None].astype(np.float32), rows[:2], rows.astype(np.int32))
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 30, 64, 150])
@@ -480,13 +474,9 @@ def test_evaluation_covers_every_row_once(count, hosts):
 
 
 @pytest.mark.parametrize("centered", [True, False])
-def test_decode_inverts_dequantize_for_every_level_and_the_most_extreme_noise(
-    centered, monkeypatch
-):
+def test_decode_inverts_dequantize_for_every_level_and_the_most_extreme_noise(centered, monkeypatch):
     for bits in (0, 2**16 - 1):
-        monkeypatch.setattr(
-            jax.random, "bits", lambda key, shape, dtype, b=bits: jnp.full(shape, b, dtype)
-        )
+        monkeypatch.setattr(jax.random, "bits", lambda key, shape, dtype, b=bits: jnp.full(shape, b, dtype))
         for num_levels in range(2, 257):
             scaler = data.Scaler(num_levels, centered)
             k = (np.arange(256) % num_levels).astype(np.uint8)

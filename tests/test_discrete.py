@@ -122,9 +122,7 @@ def test_ancestral_sampling_on_the_levels_recovers_the_data(sde):
         jax.debug.callback(lambda: calls.append(1))
         return oracle.score_fn(sde)(x, t)
 
-    x = sd.sample_sde(
-        score_fn, sde, jax.random.key(2), (4096, 2), method="ancestral", grid=sde.levels[::-1]
-    )
+    x = sd.sample_sde(score_fn, sde, jax.random.key(2), (4096, 2), method="ancestral", grid=sde.levels[::-1])
     jax.effects_barrier()
     # N levels, N evaluations: the last one gives the mean without noise.
     assert len(calls) == 1000
@@ -142,9 +140,7 @@ def test_the_ode_sampler_accepts_them(sde):
 def test_loss_on_levels_is_the_mean_over_them(sde):
     """A score of zero leaves |eps|^2, whose mean is D at every level; a score of one level is seen 1 / N of the time."""
     x0 = jnp.zeros((2 * len(sde.levels), 3))
-    loss, t = sd.dsm_loss(
-        lambda x, t: jnp.zeros_like(x), sde, jax.random.key(5), x0, times=sde.levels, return_times=True
-    )
+    loss, t = sd.dsm_loss(lambda x, t: jnp.zeros_like(x), sde, jax.random.key(5), x0, times=sde.levels, return_times=True)
     # Twice as many draws as levels, stratified: each level exactly twice.
     np.testing.assert_allclose(np.sort(t), np.repeat(np.sort(sde.levels), 2), rtol=1e-6)
     # |eps|^2 of D = 3 normals has variance 2 D.

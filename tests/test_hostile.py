@@ -195,7 +195,9 @@ def test_config_that_is_none(tmp_path, content):
     refused(start)
 
 
-@pytest.mark.parametrize("name", ["/nonexistent/a.npz", "~nobody_here/x", "/dev/zero", "x" * 300 + "/y", "./" + "x" * 300, "../" * 30 + "nowhere", "*", "%s"])
+@pytest.mark.parametrize(
+    "name", ["/nonexistent/a.npz", "~nobody_here/x", "/dev/zero", "x" * 300 + "/y", "./" + "x" * 300, "../" * 30 + "nowhere", "*", "%s"]
+)
 def test_data_that_is_elsewhere(name):
     refused(lambda: data.load(name), name[:20], kind=(ValueError, FileNotFoundError))
 
@@ -273,6 +275,7 @@ def replace(step, other):
 
 def saved(change):
     """The newest checkpoint written anew from a changed state."""
+
     def damage(step, state):
         shutil.rmtree(step)
         with Checkpoints(step.parent.parent) as checkpoints:
@@ -338,7 +341,15 @@ def test_partial_evaluation_that_is_none_begins_again(tmp_path, capfd, evil):
     np.testing.assert_array_equal(evaluate._read_partial(path, one, 8)[0], good)
     assert evaluate._read_partial(tmp_path / "none.npz", one, 8) == []
     whole = path.read_bytes()
-    wrong = (good[:, :2], good.astype(int), np.ones((9, 3), np.float32), np.float32(1), np.array([evil], object), np.array(["a"] * 5), good[:0])
+    wrong = (
+        good[:, :2],
+        good.astype(int),
+        np.ones((9, 3), np.float32),
+        np.float32(1),
+        np.array([evil], object),
+        np.array(["a"] * 5),
+        good[:0],
+    )
     contents = [b"", b"hello", whole[:-40], whole[:100], pickle.dumps(evil)]
     for array in wrong:
         file = io.BytesIO()

@@ -8,7 +8,8 @@ import sde_diffusion as sd
 
 
 def test_the_state_follows_algorithm_1(x64):
-    """Of a Gaussian every level's mean and variance obey a recursion, in float64: x <- x + a/2 s + sqrt(a) z, a = eps sigma_i^2 / sigma_L^2.
+    """Of a Gaussian every level's mean and variance obey a recursion, in float64: x <- x + a/2 s + sqrt(a) z,
+    a = eps sigma_i^2 / sigma_L^2.
 
     Step sizes and numbers as published: 10 levels from 1 to 0.01, 100 steps each, eps = 2e-5.
     """
@@ -17,9 +18,7 @@ def test_the_state_follows_algorithm_1(x64):
     oracle = sd.GaussianMixture.gaussian(np.array([mean]), np.array([[std**2]]))
     # NCSN starts from uniform noise.
     start = jax.random.uniform(jax.random.key(0), (n, 1))
-    _, path = sd.sample_langevin(
-        oracle.score_fn(sde), sde, jax.random.key(1), (n, 1), grid=sde.levels[::-1], init=start, return_path=True
-    )
+    _, path = sd.sample_langevin(oracle.score_fn(sde), sde, jax.random.key(1), (n, 1), grid=sde.levels[::-1], init=start, return_path=True)
     assert path.shape == (11, n, 1)
     m, v = float(start.mean()), float(start.var())
     for i, sigma in enumerate(np.geomspace(1.0, 0.01, 10)):
@@ -37,12 +36,10 @@ def test_the_state_follows_algorithm_1(x64):
 def test_the_mixture_is_recovered(name):
     """Mean and covariance within 4 standard errors of 4,096 samples, each 2% of a variance.
 
-    20 steps of 0.5 at each of 100 levels leave a bias of 2% of a variance at most, below one of these standard errors, as 200,000 samples showed.
+    20 steps of 0.5 at each of 100 levels leave a bias of 2% of a variance at most, below one of these standard errors (200,000 samples).
     """
     sde, oracle = {**SDES, "zero_snr": ZERO_SNR}[name], mixture()
-    x = sd.sample_langevin(
-        oracle.score_fn(sde), sde, jax.random.key(2), (4096, 2), num_levels=100, steps_per_level=20, step_size=0.5
-    )
+    x = sd.sample_langevin(oracle.score_fn(sde), sde, jax.random.key(2), (4096, 2), num_levels=100, steps_per_level=20, step_size=0.5)
     assert np.abs(moment_z_scores(x, oracle.mean(), oracle.covariance())).max() < 4
 
 
@@ -54,9 +51,7 @@ def test_evaluations_are_counted(denoise):
         jax.debug.callback(lambda: calls.append(1))
         return oracle.score_fn(sde)(x, t)
 
-    jax.block_until_ready(
-        sd.sample_langevin(score_fn, sde, jax.random.key(0), (4, 2), num_levels=5, steps_per_level=7, denoise=denoise)
-    )
+    jax.block_until_ready(sd.sample_langevin(score_fn, sde, jax.random.key(0), (4, 2), num_levels=5, steps_per_level=7, denoise=denoise))
     jax.effects_barrier()
     assert len(calls) == 5 * 7 + denoise
 
@@ -74,7 +69,14 @@ def test_too_long_steps_bias_the_variance_as_stated():
 def test_a_start_below_zero_snr_and_a_traced_step():
     """Only the levels that are used count: the SDE has zero SNR at t_max, where this does not begin."""
     sample = lambda step, sde=SDES["vp"]: sd.sample_langevin(  # noqa: E731
-        lambda x, t: -x, sde, jax.random.key(0), (4, 2), init=jnp.ones((4, 2)), grid=jnp.array([0.5, 0.1]), steps_per_level=2, step_size=step
+        lambda x, t: -x,
+        sde,
+        jax.random.key(0),
+        (4, 2),
+        init=jnp.ones((4, 2)),
+        grid=jnp.array([0.5, 0.1]),
+        steps_per_level=2,
+        step_size=step,
     )
     assert np.isfinite(sample(0.2, ZERO_SNR)).all()
     np.testing.assert_allclose(jax.jit(sample)(0.2), sample(0.2), rtol=1e-5)

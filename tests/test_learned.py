@@ -22,9 +22,7 @@ from sde_diffusion.samplers.linear import Steps
 @pytest.fixture(scope="module")
 def fitted():
     sde, oracle = sd.VE(), mixture()
-    solver = sd.fit_solver(
-        oracle.score_fn(sde), sde, jax.random.key(0), (64, 2), nfe=5, num_states=1024, max_updates=12, progress=False
-    )
+    solver = sd.fit_solver(oracle.score_fn(sde), sde, jax.random.key(0), (64, 2), nfe=5, num_states=1024, max_updates=12, progress=False)
     return sde, oracle, solver
 
 
@@ -116,7 +114,7 @@ def test_a_fitted_solver_refuses_other_events(fitted):
 
 
 def test_a_fit_moves_with_the_data():
-    """From zero terminal SNR the prior says nothing of the data: a fit to data moved by m is the fit to the data, and its samples move by m.
+    """From zero terminal SNR the prior says nothing of the data: a fit to data moved by m is the same fit, and its samples move by m.
 
     Rounded differently, the two agree within 1e-3; without a centre they are 1e-2 apart.
     """
@@ -177,7 +175,10 @@ def test_the_equations_of_a_fit_are_those_of_the_whole_sampler(less):
         return linear.run(table, score_fn, sde, jax.random.key(0), x, times[0], times[-1], centre=centre, denoise=False)
 
     numbers = jax.jit(jax.jacobian(lambda theta: learned._numbers(build(theta)[0], 1)))(theta)
-    draws = [learned._normal_equations(*build(theta), numbers, limit, score_fn, sde, centre, x, target, key) for key in jax.random.split(jax.random.key(2), 100)]
+    draws = [
+        learned._normal_equations(*build(theta), numbers, limit, score_fn, sde, centre, x, target, key)
+        for key in jax.random.split(jax.random.key(2), 100)
+    ]
     gradients, matrices = (np.asarray(a, np.float64) for a in zip(*draws))
     # The gradient of half the sum of pseudo-Huber losses; mean(r^2) = |r|^2 / 2 here.
     loss = lambda theta: (2 * limit * (jnp.sqrt(1 + ((ends(theta) - target) ** 2).mean(axis=1) / limit) - 1)).sum()  # noqa: E731
@@ -223,7 +224,7 @@ def test_a_fit_to_a_score_without_finite_derivatives_is_refused():
 
 
 def test_a_fit_goes_on_with_the_better_of_two_starts(monkeypatch):
-    """And returns its last solver, by all held-out states: on the few that the other start has looked at, that one is the better by then."""
+    """And returns its last solver, by all held-out states: on the few that the other start has looked at, that one is better."""
     sde, taken, trial = sd.VP(), [], learned._TRIAL
 
     def descend(family, *_):
@@ -296,7 +297,10 @@ def test_a_fit_that_finds_nothing_better_is_the_default(nfe, sigma_data, tmp_pat
     options = dict(nfe=nfe, num_states=32, seconds=0.0, sigma_data=sigma_data, progress=False)
     solver = sd.fit_solver(oracle.score_fn(sde), sde, jax.random.key(0), (16, 2), **options)
     facts = json.loads(solver.facts)
-    assert facts["held_out_rmse"] == facts["held_out_rmse_of_the_default"] and (facts["updates"], facts["ended_by"]) == (1, "the time limit")
+    assert facts["held_out_rmse"] == facts["held_out_rmse_of_the_default"] and (facts["updates"], facts["ended_by"]) == (
+        1,
+        "the time limit",
+    )
     solver = sd.LearnedSolver.load(solver.save(tmp_path / "solver.json"))
     draw = functools.partial(sd.sample_ode, oracle.score_fn(sde), sde, jax.random.key(1), (64, 2), sigma_data=sigma_data)
     np.testing.assert_allclose(draw(method=solver), draw(num_steps=nfe), rtol=1e-4, atol=1e-4)

@@ -90,9 +90,7 @@ def test_hutchinson_is_unbiased(probe):
     sde, oracle, n = WIDE["vp"], mixture_16(), 400
     point = oracle.sample(jax.random.key(5), 1)
     exact = float(sd.log_likelihood(oracle.score_fn(sde), sde, None, point, trace="exact")[0])
-    values = np.asarray(
-        sd.log_likelihood(oracle.score_fn(sde), sde, jax.random.key(6), jnp.tile(point, (n, 1)), probe=probe)
-    )
+    values = np.asarray(sd.log_likelihood(oracle.score_fn(sde), sde, jax.random.key(6), jnp.tile(point, (n, 1)), probe=probe))
     error = values.std() / np.sqrt(n)
     assert abs(values.mean() - exact) < 4 * error
     assert 0.01 < error < 5
@@ -101,9 +99,7 @@ def test_hutchinson_is_unbiased(probe):
 def test_more_probes_have_less_variance():
     sde, oracle, n = WIDE["vp"], mixture_16(), 400
     x = jnp.tile(oracle.sample(jax.random.key(5), 1), (n, 1))
-    one, eight = (
-        np.asarray(sd.log_likelihood(oracle.score_fn(sde), sde, jax.random.key(7), x, num_probes=k)) for k in (1, 8)
-    )
+    one, eight = (np.asarray(sd.log_likelihood(oracle.score_fn(sde), sde, jax.random.key(7), x, num_probes=k)) for k in (1, 8))
     # A ratio of variances of n normals each has relative standard error 2 / sqrt(n).
     assert abs(one.var() / eight.var() / 8 - 1) < 4 * 2 / np.sqrt(n)
 
@@ -436,9 +432,7 @@ def test_there_and_back_again(name):
     oracle, sde = mixture(), SDES[name]
     x = oracle.sample(jax.random.key(1), 16)
     latent = sd.encode(oracle.score_fn(sde), sde, x, rtol=1e-5, atol=1e-5)
-    back = sd.sample_adaptive(
-        oracle.score_fn(sde), sde, jax.random.key(0), x.shape, init=latent, denoise=False, rtol=1e-5, atol=1e-5
-    )
+    back = sd.sample_adaptive(oracle.score_fn(sde), sde, jax.random.key(0), x.shape, init=latent, denoise=False, rtol=1e-5, atol=1e-5)
     error = float(np.sqrt(np.mean((back.samples - x) ** 2)))
     print(f"{name}: round-trip error {error:.2g}")
     assert error < 1e-3

@@ -120,9 +120,7 @@ def test_the_elbo_of_an_error_is_its_integral(name, x64):
     exact = gaussian().score_fn(sde)
     constant = lambda x, t: exact(x, t) + 1 / sde.sigma(t)[:, None]  # noqa: E731
     ends = sde.log_snr(jnp.asarray([sde.t_train, sde.t_max]))
-    values = jax.jit(
-        lambda key: [sd.weighted_loss(f, sde, key, x0, times="log_snr") for f in (exact, constant)]
-    )(jax.random.key(5))
+    values = jax.jit(lambda key: [sd.weighted_loss(f, sde, key, x0, times="log_snr") for f in (exact, constant)])(jax.random.key(5))
     difference = np.asarray(values[1] - values[0])
     assert abs(difference.mean() - 1.5 * float(ends[0] - ends[1])) < 4 * standard_error(difference)
 
@@ -146,9 +144,7 @@ def test_both_ways_to_draw_times_estimate_the_same_numbers(name):
         steep = STEEP if name in ("vp", "zero_snr") else {}
         return {**all_losses(score_fn, sde, key, x0, times, chosen(name)), **all_losses(shrunk, sde, key, x0, times, steep)}
 
-    uniform, log_snr = (
-        jax.jit(functools.partial(both, times=times))(jax.random.key(i)) for i, times in enumerate(("uniform", "log_snr"))
-    )
+    uniform, log_snr = (jax.jit(functools.partial(both, times=times))(jax.random.key(i)) for i, times in enumerate(("uniform", "log_snr")))
     for loss in uniform:
         a, b = (np.asarray(values[loss], np.float64) for values in (uniform, log_snr))
         assert np.isfinite([a, b]).all() and min(a.min(), b.min()) >= 0, loss
@@ -182,9 +178,7 @@ def test_event_axes_are_summed():
 
 
 def test_a_batch_of_one_and_returned_times():
-    loss, t = sd.weighted_loss(
-        gaussian().score_fn(SDES["vp"]), SDES["vp"], jax.random.key(0), jnp.zeros((1, 3)), return_times=True
-    )
+    loss, t = sd.weighted_loss(gaussian().score_fn(SDES["vp"]), SDES["vp"], jax.random.key(0), jnp.zeros((1, 3)), return_times=True)
     assert loss.shape == t.shape == (1,) and 0 < float(t[0]) <= 1
 
 
@@ -235,9 +229,7 @@ def test_jit_and_pmap_give_the_same_numbers():
 )
 def test_bad_input_is_refused_while_tracing(call, words):
     with pytest.raises(ValueError) as error:
-        jax.eval_shape(
-            lambda: call(lambda x, t: -x, SDES["vp"], jax.random.key(0), jnp.zeros((2, 3)))
-        )
+        jax.eval_shape(lambda: call(lambda x, t: -x, SDES["vp"], jax.random.key(0), jnp.zeros((2, 3))))
     assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)
 
 

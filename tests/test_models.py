@@ -54,9 +54,7 @@ def count(network, shape):
 def test_parameter_counts_of_the_published_cifar_networks():
     published = dict(channels=128, multipliers=(1, 2, 2, 2), num_blocks=4, attention=(16,))
     assert count(UNet(**published), (1, 32, 32, 3)) == 61_804_419
-    ncsnpp = UNet(
-        **published, resampling="fir", progressive_input="residual", embedding="fourier"
-    )
+    ncsnpp = UNet(**published, resampling="fir", progressive_input="residual", embedding="fourier")
     # The published count is 128 larger: there the fixed Fourier frequencies are stored too.
     assert count(ncsnpp, (1, 32, 32, 3)) == 62_758_787
 
@@ -137,11 +135,7 @@ OTHER_OPTIONS = (
 
 @pytest.mark.parametrize(
     "number, names",
-    list(
-        enumerate(
-            itertools.product(("plain", "fir"), ("none", "residual"), ("sinusoidal", "fourier"))
-        )
-    ),
+    list(enumerate(itertools.product(("plain", "fir"), ("none", "residual"), ("sinusoidal", "fourier")))),
 )
 def test_options_combine(number, names):
     rest = OTHER_OPTIONS[number % 3]
@@ -186,9 +180,7 @@ def test_every_parameter_reaches_the_output(network):
 
     @jit
     def gradient(params, x, c, labels):
-        return jax.grad(
-            lambda p: jnp.sum(network.apply({"params": p}, x, c, labels) * jnp.sin(9 * x))
-        )(params)
+        return jax.grad(lambda p: jnp.sum(network.apply({"params": p}, x, c, labels) * jnp.sin(9 * x)))(params)
 
     for path, leaf in jax.tree_util.tree_leaves_with_path(gradient(params, x, c, labels)):
         leaf = np.asarray(leaf)
@@ -234,9 +226,7 @@ def test_labels(network):
     x, c = batch((2, 4, 4, 1))
     params = random_params(network, x, c)
     apply = jit(network.apply)
-    first, second, none = (
-        np.asarray(apply({"params": params}, x, c, jnp.full(2, k))) for k in (0, 1, 3)
-    )
+    first, second, none = (np.asarray(apply({"params": params}, x, c, jnp.full(2, k))) for k in (0, 1, 3))
     assert np.abs(first - second).max() > 1e-3
     assert np.abs(first - none).max() > 1e-3
     np.testing.assert_allclose(apply({"params": params}, x, c), none, rtol=1e-5, atol=1e-5)
@@ -276,9 +266,7 @@ def test_fir_resampling_against_scipy():
     full = convolved(1, 1)
     np.testing.assert_allclose(fir_down(jnp.asarray(x)), full[:, 2:-1:2, 2:-1:2], atol=1e-6)
     np.testing.assert_allclose(fir_blur(jnp.asarray(x)), full[:, 1:-1, 1:-1], atol=1e-6)
-    np.testing.assert_allclose(
-        fir_up(jnp.asarray(x)), convolved(2, 2)[:, 1:-1, 1:-1], atol=1e-6
-    )
+    np.testing.assert_allclose(fir_up(jnp.asarray(x)), convolved(2, 2)[:, 1:-1, 1:-1], atol=1e-6)
 
 
 def test_fir_keeps_a_constant_away_from_the_border():

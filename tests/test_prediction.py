@@ -117,9 +117,7 @@ def test_edm_inputs_and_targets_have_unit_variance(name):
     eps = jax.random.normal(jax.random.key(1), (n, 1))
     for time in (0.01, 0.3, 0.9):
         t = jnp.full(n, time)
-        score_fn = sd.as_score(
-            lambda x, c: seen.append(x) or jnp.zeros_like(x), sde, prediction="edm", sigma_data=STD
-        )
+        score_fn = sd.as_score(lambda x, c: seen.append(x) or jnp.zeros_like(x), sde, prediction="edm", sigma_data=STD)
         x = sde.perturb(x0, eps, t)
         at_zero = score_fn.predict(x, t)[0]
         slope = sd.as_score(lambda x, c: jnp.ones_like(x), sde, prediction="edm", sigma_data=STD)
@@ -162,6 +160,7 @@ def test_new_parameters_do_not_recompile():
 
 def test_a_network_may_branch_on_a_bound_flag():
     """Partial(apply, params, train=False) is the usual way to bind Flax's flags."""
+
     def network(scale, x, label, train):
         return 0 * x if train else scale * x
 
@@ -177,6 +176,7 @@ def test_a_network_may_branch_on_a_bound_flag():
 @pytest.mark.parametrize("kind", ["eps", "score"])
 def test_zero_terminal_snr_is_refused(kind, wrap):
     """Also inside jit, where operations on constants are traced too."""
+
     def sample(key):
         score_fn = sd.as_score(lambda x, label: x, ZERO_SNR, prediction=kind)
         return sd.sample_ode(score_fn, ZERO_SNR, key, (2, 2))
@@ -318,7 +318,6 @@ def test_an_object_with_predict_that_is_no_pytree_answers_by_it(method):
             return exact.predict(x, t)
 
     ours, expected = (
-        sd.sample_ode(score_fn, sde, jax.random.key(0), (8, 2), num_steps=6, method=method, sigma_data=0.5)
-        for score_fn in (Plain(), exact)
+        sd.sample_ode(score_fn, sde, jax.random.key(0), (8, 2), num_steps=6, method=method, sigma_data=0.5) for score_fn in (Plain(), exact)
     )
     np.testing.assert_allclose(ours, expected, atol=1e-5)

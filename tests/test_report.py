@@ -35,9 +35,7 @@ def events(workdir):
 def test_metrics_are_on_disk_at_once_and_exact(tmp_path):
     metrics = report.Metrics(tmp_path / "run")
     metrics.write(3, {"loss": jnp.float32(0.1), "rate": np.float64(2.5), "images": 7})
-    assert lines(tmp_path / "run") == [
-        {"step": 3, "loss": float(np.float32(0.1)), "rate": 2.5, "images": 7.0}
-    ]
+    assert lines(tmp_path / "run") == [{"step": 3, "loss": float(np.float32(0.1)), "rate": 2.5, "images": 7.0}]
     metrics.close()
 
 
@@ -194,10 +192,7 @@ def test_energy_distance_of_shifted_gaussians_is_the_folded_normals_mean():
     # |X - Y| is folded normal: E|N(m, 2)| = 2 exp(-m^2/4) / sqrt(pi) + m erf(m / 2).
     n, shift, rounds = 500, 1.5, 40
     random = np.random.default_rng(0)
-    values = [
-        report.energy_distance(random.normal(size=(n, 1)), shift + random.normal(size=(n, 1)))[0]
-        for _ in range(rounds)
-    ]
+    values = [report.energy_distance(random.normal(size=(n, 1)), shift + random.normal(size=(n, 1)))[0] for _ in range(rounds)]
     same = 2 / math.sqrt(math.pi)
     apart = same * math.exp(-(shift**2) / 4) + shift * math.erf(shift / 2)
     # The V-statistic counts each example's zero distance to itself.
@@ -208,10 +203,7 @@ def test_energy_distance_of_shifted_gaussians_is_the_folded_normals_mean():
 def test_energy_distance_floor_is_its_documented_mean():
     n, rounds = 100, 200
     random = np.random.default_rng(0)
-    values = [
-        report.energy_distance(random.normal(size=(n, 1)), random.normal(size=(n, 1)))[0]
-        for _ in range(rounds)
-    ]
+    values = [report.energy_distance(random.normal(size=(n, 1)), random.normal(size=(n, 1)))[0] for _ in range(rounds)]
     expected = 2 / math.sqrt(math.pi) * (2 / n)
     assert min(values) >= 0
     assert abs(np.mean(values) - expected) < 4 * np.std(values) / math.sqrt(rounds)

@@ -79,7 +79,7 @@ def test_their_gradients_train():
 
 
 def test_the_published_ncsn_loss():
-    """1/L sum of sigma_i^2 / 2 E|s + (x~ - x) / sigma_i^2|^2 (arXiv:1907.05600 eq. 2, 5 and 6) is `simple` over the levels, half of `dsm_loss`."""
+    """1/L sum of sigma_i^2 / 2 E|s + (x~ - x) / sigma_i^2|^2 (arXiv:1907.05600 eq. 2, 5 and 6) is `simple`, half of `dsm_loss`."""
     sde = sd.SMLD(sigma_min=0.01, sigma_max=1.0, num_levels=10)
     point, n = np.array([0.5, -1.0]), 20_000
     score_fn = lambda x, t: -x / (1 + t[:, None])  # noqa: E731

@@ -123,6 +123,7 @@ def test_time_is_differentiable(name, x64):
 
 def test_time_is_differentiable_in_the_schedule(x64):
     """At a fixed log-SNR a larger beta_max means an earlier time."""
+
     def time(beta_max):
         return dataclasses.replace(SDES["vp"], beta_max=beta_max).time(jnp.asarray(-1.0))
 

@@ -66,16 +66,12 @@ def test_training_agrees_with_one_device(one, digits, count, shards):
     close(state.params, one[1].params, 1e-5)
     draw = lambda config, mesh, state: evaluate.make_sampler(config, mesh, digits.event_shape)(state.ema, 8, 0)  # noqa: E731
     np.testing.assert_allclose(draw(config, mesh, state), draw(tiny(), one[0], one[1]), atol=1e-4)
-    bits = [
-        evaluate.bound_bits_per_dim(config, s.ema, m, SCALER, digits.test[:8])["bits_per_dim"] for m, s in ((mesh, state), one[:2])
-    ]
+    bits = [evaluate.bound_bits_per_dim(config, s.ema, m, SCALER, digits.test[:8])["bits_per_dim"] for m, s in ((mesh, state), one[:2])]
     np.testing.assert_allclose(*bits, rtol=1e-5)
 
 
 def test_pmap_trains_to_the_same_parameters(one, digits):
-    update = jax.pmap(
-        train.make_update(tiny(), SCALER, sharding.over_axis("devices")), axis_name="devices", in_axes=(0, 0, None)
-    )
+    update = jax.pmap(train.make_update(tiny(), SCALER, sharding.over_axis("devices")), axis_name="devices", in_axes=(0, 0, None))
     copies = lambda tree: jax.tree.map(lambda a: jnp.broadcast_to(a, (8, *a.shape)), tree)  # noqa: E731
     state, totals = copies(train.init_state(tiny(), digits.event_shape)), copies(train.zero_totals())
     batches = data.batches(digits, BATCH, 0)
@@ -167,6 +163,7 @@ def test_a_batch_that_does_not_divide_in_parts_is_refused(digits):
 
 def test_a_conditional_learned_and_sharded_run(digits):
     """Labels, a learned schedule and split parameters together, against one device."""
+
     def config(shards):
         return experiment(
             sde=dict(name="linear_log_snr"), model=dict(name="mlp", width=16, depth=1, num_classes=10),

@@ -41,8 +41,8 @@ def test_convergence_orders(method, x64):
     exact = MEAN + end / start * (np.asarray(init) - MEAN)
     steps, errors = np.array([40, 80, 160]), []
     for num in steps:
-        # Another standard deviation than the data's, for which the default's linear part would be the whole of the flow. Half the data's would put
-        # a zero of the default's error between these steps.
+        # Another standard deviation than the data's, for which the default's linear part would be the whole of the flow. Half the data's
+        # would put a zero of the default's error between these steps.
         x = deterministic(
             method, score_fn, sde, jax.random.key(0), (8, 1), init=init, num_steps=int(num), grid="log_snr", t_end=t_end,
             denoise=False, sigma_data=1.2,
@@ -130,10 +130,21 @@ def test_the_default_s_rule_is_exact_for_any_mean(name, num_steps, monkeypatch):
     score_fn = sd.GaussianMixture.gaussian(mean, 0.25 * np.eye(2)).score_fn(sde)
     for first in (sde.t_max, 0.6 * sde.t_max):
         grid = jnp.linspace(first, sde.t_min, num_steps + 1)
-        (a, b), (start, end) = sde.alpha(grid[::num_steps]), (jnp.sqrt((sde.alpha(t) * 0.5) ** 2 + sde.sigma(t) ** 2) for t in grid[::num_steps])
+        (a, b), (start, end) = (
+            sde.alpha(grid[::num_steps]),
+            (jnp.sqrt((sde.alpha(t) * 0.5) ** 2 + sde.sigma(t) ** 2) for t in grid[::num_steps]),
+        )
         init = (a * mean)[None] + start * jax.random.normal(jax.random.key(0), (5, 2))
         x = sd.sample_ode(
-            score_fn, sde, jax.random.key(0), (5, 2), init=init, grid=grid, method=trusting(monkeypatch, ode.adams), denoise=False, sigma_data=0.5
+            score_fn,
+            sde,
+            jax.random.key(0),
+            (5, 2),
+            init=init,
+            grid=grid,
+            method=trusting(monkeypatch, ode.adams),
+            denoise=False,
+            sigma_data=0.5,
         )
         # float32; at zero SNR the steps start from alpha = e^-10.
         np.testing.assert_allclose(x, (b * mean)[None] + (init - (a * mean)[None]) * end / start, rtol=2e-4, atol=4e-3 * end)
@@ -151,7 +162,7 @@ def test_the_default_on_a_mean_far_from_zero(name, most):
 
 
 def test_few_steps_from_zero_snr_use_the_first_evaluation():
-    """Nothing is damped where no network predicts eps: off-centre data in 5 steps from zero SNR, against DDIM, which is exact for points."""
+    """Nothing is damped where no network predicts eps: off-centre data in 5 steps from zero SNR, against DDIM, exact for points."""
     oracle, shape = mixture(), (256, 2)
     oracle.means += np.float32(6.0)
     init, score_fn = ZERO_SNR.prior_sample(jax.random.key(0), shape), oracle.score_fn(ZERO_SNR)
@@ -180,7 +191,9 @@ def test_sigma_over_alpha_whose_square_is_infinite(method, num_steps):
     sde = sd.VP(beta_max=280.0)
     score_fn = sd.GaussianMixture.gaussian(np.zeros(2), 0.25 * np.eye(2)).score_fn(sde)
     init = sde.prior_sample(jax.random.key(0), (64, 2))
-    x = sd.sample_ode(score_fn, sde, jax.random.key(0), (64, 2), init=init, method=method, num_steps=num_steps, sigma_data=0.5, denoise=False)
+    x = sd.sample_ode(
+        score_fn, sde, jax.random.key(0), (64, 2), init=init, method=method, num_steps=num_steps, sigma_data=0.5, denoise=False
+    )
     end = np.hypot(0.5 * float(sde.alpha(sde.t_min)), float(sde.sigma(sde.t_min)))
     np.testing.assert_allclose(x, end * np.asarray(init), atol=1e-4)
     heun = sd.sample_ode(score_fn, sde, jax.random.key(0), (64, 2), init=init, method="heun", num_steps=num_steps)
@@ -204,17 +217,23 @@ def test_samples_move_with_the_data(num_steps, monkeypatch):
     """The samples of a mixture that is moved by m, from the noise moved by alpha_T m, are those of the mixture, moved."""
     sde, oracle, by = SDES["ve"], mixture(), np.array([10.0, -4.0])
     moved = sd.GaussianMixture(
-        np.exp(oracle.log_weights), oracle.means + by[None], np.einsum("kij,kj,klj->kil", oracle.eigenvectors, oracle.eigenvalues, oracle.eigenvectors)
+        np.exp(oracle.log_weights),
+        oracle.means + by[None],
+        np.einsum("kij,kj,klj->kil", oracle.eigenvectors, oracle.eigenvalues, oracle.eigenvectors),
     )
     noise, method = sde.prior_sample(jax.random.key(0), (64, 2)), trusting(monkeypatch, ode.from_the_prior)
     x, y = (
-        sd.sample_ode(of.score_fn(sde), sde, jax.random.key(0), (64, 2), init=noise + shift, num_steps=num_steps, method=method, sigma_data=0.8)
+        sd.sample_ode(
+            of.score_fn(sde), sde, jax.random.key(0), (64, 2), init=noise + shift, num_steps=num_steps, method=method, sigma_data=0.8
+        )
         for of, shift in ((oracle, 0.0 * by[None]), (moved, by[None]))
     )
     np.testing.assert_allclose(y - by[None], x, atol=1e-3)
 
 
-@pytest.mark.parametrize("sde", [sd.VE(0.01, 80.0), sd.VE(0.01, 1e3), sd.VE(0.01, 1e5), sd.VP(beta_max=60.0)], ids=["80", "1e3", "1e5", "vp"])
+@pytest.mark.parametrize(
+    "sde", [sd.VE(0.01, 80.0), sd.VE(0.01, 1e3), sd.VE(0.01, 1e5), sd.VP(beta_max=60.0)], ids=["80", "1e3", "1e5", "vp"]
+)
 def test_a_network_s_error_is_not_taken_for_a_mean(sde):
     """An error of 0.02 in eps_hat is one of 3 to 10^5 in x0_hat at the prior, but moves the samples of 6 steps as it does those of 100."""
     exact = mixture().score_fn(sde)
@@ -255,7 +274,7 @@ def test_the_tapered_grid_s_first_and_last_steps_are_shorter(num_steps, event_si
 @pytest.mark.parametrize("num_steps", [1, 2, 5, 20, 21])
 @pytest.mark.parametrize("name", ["vp", "ve", "zero snr"])
 def test_in_few_steps_the_default_asks_nothing_of_the_prior(name, num_steps):
-    """In 2 to 20 steps the first evaluation is within the first step, if that starts from noise: for 20, 100 standard deviations of the data are too few."""
+    """In 2 to 20 steps the first evaluation is within the first step, if that starts from noise: for 20, 100 deviations are too few."""
     sde, oracle = {**SDES, "zero snr": ZERO_SNR}[name], mixture()
     exact, asked = oracle.score_fn(sde), []
 
@@ -269,7 +288,9 @@ def test_in_few_steps_the_default_asks_nothing_of_the_prior(name, num_steps):
     score_fn.predict = predict
     for times in (sd.time_grid(sde, num_steps, "ahead"), sde.time(jnp.linspace(1.0, 9.0, num_steps + 1))):
         asked.clear()
-        path = sd.sample_ode(score_fn, sde, jax.random.key(0), (3, 2), init=jnp.ones((3, 2)), grid=times, denoise=False, return_path=True)[1]
+        path = sd.sample_ode(score_fn, sde, jax.random.key(0), (3, 2), init=jnp.ones((3, 2)), grid=times, denoise=False, return_path=True)[
+            1
+        ]
         jax.effects_barrier()
         assert path.shape[0] == num_steps + 1 and np.array_equal(path[0], jnp.ones((3, 2)))
         within = num_steps in (2, 5, 20) and times[0] == sde.t_max and (name, num_steps) != ("ve", 20)
@@ -292,7 +313,7 @@ def test_the_default_of_a_traced_process_is_that_of_a_known_one(num_steps):
 
 
 def test_one_step_more_is_no_other_rule_where_the_prior_is_of_little_noise():
-    """The error of 21 steps, which all start with an evaluation, is not far below that of 20, for sigma_max = 12 standard deviations of the data."""
+    """The error of 21 steps, which all start with an evaluation, is not far below that of 20, for sigma_max = 12 deviations of the data."""
     sde, variance = sd.VE(sigma_max=6.0), np.array([0.25, 0.25 / 9])
     score_fn = sd.GaussianMixture.gaussian(np.zeros(2), np.diag(variance)).score_fn(sde)
     init = sde.prior_sample(jax.random.key(0), (256, 2))
@@ -305,7 +326,7 @@ def test_one_step_more_is_no_other_rule_where_the_prior_is_of_little_noise():
 
 
 def test_the_evaluation_that_is_not_spent_on_the_prior_is_worth_most_of_one():
-    """On an anisotropic Gaussian in 32 dimensions, the error of 5 steps is below the middle of those of 5 and 6 with an evaluation at the prior."""
+    """On an anisotropic Gaussian in 32 dimensions, 5 steps err less than the middle of 5 and 6 with an evaluation at the prior."""
     sde = sd.VE()
     mean, scale = np.tile([0.4, -0.2], 16), np.diag(np.tile([0.2, 0.05], 16))
     score_fn = sd.GaussianMixture.gaussian(mean, scale).score_fn(sde)
@@ -322,8 +343,8 @@ def test_the_evaluation_that_is_not_spent_on_the_prior_is_worth_most_of_one():
 @pytest.mark.parametrize("name", ["vp", "ve"])
 @pytest.mark.parametrize("num_steps", [5, 8, 10, 15])
 def test_variances_over_many_decades_are_followed(name, num_steps):
-    """Gaussians in 192 dimensions whose variances fall by a power, as those of photographs: closer to the closed form than the usual solvers on their better grid,
-    in the geometric mean over three powers."""
+    """Gaussians in 192 dimensions whose variances fall by a power, as those of photographs: closer to the closed form than the usual
+    solvers on their better grid, in the geometric mean over three powers."""
     sde, ratios = SDES[name], []
     for power in (0.8, 1.1, 1.4):
         variance = np.arange(1, 193.0) ** -power
@@ -334,17 +355,28 @@ def test_variances_over_many_decades_are_followed(name, num_steps):
         exact = init * np.sqrt((c**2 * variance + d**2) / (a**2 * variance + b**2))[None]
 
         def error(**options):
-            x = sd.sample_ode(score_fn, sde, jax.random.key(0), init.shape, init=jnp.asarray(init, jnp.float32), num_steps=num_steps, denoise=False, **options)
+            x = sd.sample_ode(
+                score_fn,
+                sde,
+                jax.random.key(0),
+                init.shape,
+                init=jnp.asarray(init, jnp.float32),
+                num_steps=num_steps,
+                denoise=False,
+                **options,
+            )
             return np.sqrt(np.mean((np.asarray(x, np.float64) - exact) ** 2))
 
-        ratios.append(error() / min(error(method=m, grid=g) for m in ("dpmpp_2m", "unipc_2", "unipc_3", "deis_3") for g in ("edm", "log_snr")))
+        ratios.append(
+            error() / min(error(method=m, grid=g) for m in ("dpmpp_2m", "unipc_2", "unipc_3", "deis_3") for g in ("edm", "log_snr"))
+        )
     assert np.exp(np.mean(np.log(ratios))) < 1, ratios
 
 
 @pytest.mark.parametrize("num_steps", [2, 3, 5, 10, 15, 20])
 def test_a_network_of_eps_is_followed_through_the_noise(num_steps):
-    """Where eps is 0.02 off, x0_hat is 3 off at the prior of VP. Over four such networks, the usual solvers on their better grid are further from
-    the solution of 400 steps of another one; and a score function that says what it predicts has this default by itself."""
+    """Where eps is 0.02 off, x0_hat is 3 off at the prior of VP. Over four such networks, the usual solvers on their better grid are
+    further from the solution of 400 steps of another one; and a score function that says what it predicts has this default by itself."""
     sde = SDES["vp"]
     names = [m for m in ("ddim", "dpmpp_2m", "unipc_2", "deis_3") if METHODS[m].min_steps <= num_steps]
     others, ours = {(m, g): 0.0 for m in names for g in ("edm", "log_snr")}, 0.0
@@ -363,14 +395,17 @@ def test_a_network_of_eps_is_followed_through_the_noise(num_steps):
 @pytest.mark.parametrize("sde", [sd.VP(beta_max=100.0), sd.VE(0.01, 1e8), sd.LinearLogSNR(log_snr_min=-50.0)], ids=["vp", "ve", "linear"])
 @pytest.mark.parametrize("num_steps", [2, 3, 5, 18])
 def test_a_network_of_eps_from_next_to_no_snr(sde, num_steps):
-    """Its first step is e^20 long and more, of which float32 keeps no difference to 1; exact eps of N(1.5, 1/4 I), whose mean and size samples keep."""
+    """Its first step is e^20 long and more, of which float32 keeps no difference to 1; of N(1.5, 1/4 I), whose moments the samples keep."""
     exact = sd.GaussianMixture.gaussian(np.full(2, 1.5), 0.25 * np.eye(2)).score_fn(sde)
     score_fn = sd.as_score(lambda x, t: exact.predict(x, t)[1], sde, prediction="eps")
     x = sd.sample_ode(score_fn, sde, jax.random.key(0), (64, 2), num_steps=num_steps)
     assert np.isfinite(x).all() and (num_steps < 18 or np.abs(x - 1.5).max() < 6 * 0.5)
 
 
-@pytest.mark.parametrize(("prediction", "method"), [("eps", "adams_eps"), ("score", "adams_eps"), ("v", "adams"), ("x0", "adams"), ("edm", "adams"), (None, "adams")])
+@pytest.mark.parametrize(
+    ("prediction", "method"),
+    [("eps", "adams_eps"), ("score", "adams_eps"), ("v", "adams"), ("x0", "adams"), ("edm", "adams"), (None, "adams")],
+)
 def test_the_default_goes_by_what_the_network_predicts(prediction, method):
     sde = SDES["vp"]
     score_fn = mixture().score_fn(sde) if prediction is None else sd.as_score(lambda x, t: 0.3 * x, sde, prediction=prediction)
@@ -412,9 +447,7 @@ def test_a_solver_of_ones_own():
         return Table(steps.time[:-1], one, 0 * one, shrink, keep)
 
     sde, oracle = SDES["vp"], mixture()
-    a, b = (
-        sd.sample_ode(oracle.score_fn(sde), sde, jax.random.key(0), (4, 2), method=m, num_steps=9, grid="edm") for m in (mine, "ddim")
-    )
+    a, b = (sd.sample_ode(oracle.score_fn(sde), sde, jax.random.key(0), (4, 2), method=m, num_steps=9, grid="edm") for m in (mine, "ddim"))
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
@@ -451,9 +484,7 @@ def test_the_memory_of_a_gradient_is_that_of_the_states():
         score_fn = jax.tree_util.Partial(network, weights)
         return sd.sample_ode(score_fn, sde, jax.random.key(0), (64, 8), num_steps=num_steps).sum()
 
-    sizes = [
-        jax.jit(jax.grad(loss), static_argnums=1).lower(weights, n).compile().memory_analysis().temp_size_in_bytes for n in (20, 200)
-    ]
+    sizes = [jax.jit(jax.grad(loss), static_argnums=1).lower(weights, n).compile().memory_analysis().temp_size_in_bytes for n in (20, 200)]
     history = 6
     assert sizes[1] - sizes[0] < 1.5 * 180 * (1 + history) * 64 * 8 * 4 < 180 * 64 * width * 4 / 10
 
@@ -497,7 +528,14 @@ def bench():
 
 @pytest.mark.parametrize(
     ("theirs", "method"),
-    [("DDIM", "ddim"), ("DPM-Solver++ 2M", "dpmpp_2m"), ("UniPC-2 bh2", "unipc_2"), ("UniPC-3 bh2", "unipc_3"), ("DEIS-3", "deis_3"), ("LMS-4", "lms")],
+    [
+        ("DDIM", "ddim"),
+        ("DPM-Solver++ 2M", "dpmpp_2m"),
+        ("UniPC-2 bh2", "unipc_2"),
+        ("UniPC-3 bh2", "unipc_3"),
+        ("DEIS-3", "deis_3"),
+        ("LMS-4", "lms"),
+    ],
 )
 def test_the_published_solvers_are_the_published_ones(bench, theirs, method):
     """To the digits that float32 leaves: the same error as diffusers' own on 256 states of the exact problem."""
@@ -532,7 +570,7 @@ def test_the_default_is_ahead_of_every_peer(bench):
 
 @pytest.mark.parametrize("rule", [spaces.adams_bashforth, spaces.adams_moulton])
 def test_the_first_steps_integrate_one_power_more_with_a_node_at_infinite_noise(rule, x64):
-    """Polynomials that vanish at infinite noise, of one degree more than the evaluations could tell; from far beyond the data's radius, none."""
+    """Polynomials that vanish at infinite noise, of one degree more than the evaluations could tell; from far out, none."""
     s, fine, coarse = 0.8, 0.08, 3.0
     near, far = (Steps.of(SDES["ve"], sd.time_grid(SDES["ve"], 15, sigma_data=a, event_size=192), a, 192) for a in (s, 0.1 * s))
     order = spaces.orders(15, 4)
@@ -620,7 +658,7 @@ def test_a_grid_whose_first_step_is_many_times_the_others_does_not_diverge():
      ("ve", 3072, 1.5, 5), ("ve", 3072, 1.5, 6), ("ve", 3072, 1.0, 8), ("vp", 3072, 1.0, 8)],
 )  # fmt: skip
 def test_the_default_is_ahead_of_the_published_ones_in_many_dimensions(process, size, power, num_steps):
-    """As of photographs, the variances fall as a power of their rank: the widest direction is 19 to 137 times as wide as all are in the mean."""
+    """As of photographs, the variances fall as a power of their rank: the widest direction is 19 to 137 times the mean."""
     sde, s = {"ve": sd.VE(sigma_max=50.0), "vp": sd.VP()}[process], 0.5
     variance = np.arange(1, size + 1) ** -power
     variance = jnp.asarray(variance * (s**2 / variance.mean()), jnp.float32)[None]
@@ -636,7 +674,9 @@ def test_the_default_is_ahead_of_the_published_ones_in_many_dimensions(process, 
     end = init * deviation(sde.t_min) / deviation(sde.t_max)
 
     def error(**options):
-        x = sd.sample_ode(score_fn, sde, jax.random.key(0), init.shape, init=init, denoise=False, num_steps=num_steps, sigma_data=s, **options)
+        x = sd.sample_ode(
+            score_fn, sde, jax.random.key(0), init.shape, init=init, denoise=False, num_steps=num_steps, sigma_data=s, **options
+        )
         return float(jnp.sqrt(jnp.mean((x - end) ** 2)))
 
     methods = ["dpmpp_2m", "dpmpp_3m", "unipc_2", "unipc_3", "deis_3"]
@@ -645,8 +685,8 @@ def test_the_default_is_ahead_of_the_published_ones_in_many_dimensions(process, 
 
 @pytest.mark.parametrize(
     ("sigma_max", "num_steps", "event_size", "ahead"),
-    # 2.6 * 0.5 * sqrt(1480) = 50.01 is the least noise of 5 to 8 steps, 14 * 0.5 * sqrt(1000 / 64) = 27.67 in up to 1,000 dimensions, in 5 steps of 1,000 and 192
-    # 14 * 0.5 * (D / 64)^0.4 = 21.02 and 10.86, in 10 steps of 1,000 27.67 * (10 / 8)^2.5 = 48.34.
+    # 2.6 * 0.5 * sqrt(1480) = 50.01 is the least noise of 5 to 8 steps, 14 * 0.5 * sqrt(1000 / 64) = 27.67 in up to 1,000 dimensions, in
+    # 5 steps of 1,000 and 192 dimensions 14 * 0.5 * (D / 64)^0.4 = 21.02 and 10.86, in 10 of 1,000 27.67 * (10 / 8)^2.5 = 48.34.
     [(150, 6, 3072, True), (150, 6, 3073, False), (150, 7, 1536, True), (150, 7, 1537, False), (150, 8, 1536, True), (150, 8, 1537, False), (150, 5, 3073, True),
      (150, 9, 3073, True), (50, 5, 1470, True), (50, 5, 1490, False), (50, 6, 1470, True), (50, 6, 1490, False), (28, 6, 1000, True), (28, 6, 1001, False),
      (21.2, 5, 1000, True), (20.8, 5, 1000, False), (28, 5, 1001, False), (27, 6, 1000, False), (27, 8, 1000, False),
@@ -674,7 +714,9 @@ def test_the_default_grid_has_a_gradient_in_a_thousand_steps_and_is_there_for_th
     assert len(sd.time_grid(sd.VP(), 3000, "ahead")) == 3001
 
 
-@pytest.mark.parametrize(("num_steps", "event_size", "same"), [(5, 1000, True), (5, 1001, False), (8, 3072, False), (4, 3072, True), (9, 3072, True)])
+@pytest.mark.parametrize(
+    ("num_steps", "event_size", "same"), [(5, 1000, True), (5, 1001, False), (8, 3072, False), (4, 3072, True), (9, 3072, True)]
+)
 def test_the_near_grid_is_around_the_standard_deviation_where_the_scales_are_out_of_reach(num_steps, event_size, same):
     sde = sd.VE(sigma_min=0.001, sigma_max=80.0, t_min=1e-6, t_train=1e-6)
     near, tapered = (sd.time_grid(sde, num_steps, kind, sigma_data=0.5, event_size=event_size) for kind in ("near", "tapered"))
@@ -687,7 +729,7 @@ def test_the_near_grid_is_around_the_standard_deviation_where_the_scales_are_out
 
 @pytest.mark.parametrize("num", [2, 3, 4])
 def test_a_few_steps_from_within_the_radius_are_ahead_of_the_published_ones(num):
-    """From so little noise the first evaluation is at the prior. The last step of so few is long: it must not go by what is known at infinite noise."""
+    """From so little noise the first evaluation is at the prior. The last step is long: it must not go by infinite noise."""
     sde, deviations = sd.VE(sigma_max=8.0), np.logspace(-1, 0.4, 64)
     deviations *= 0.7 / np.sqrt((deviations**2).mean())
     score_fn = sd.GaussianMixture.gaussian(np.zeros(64), np.diag(deviations**2)).score_fn(sde)

@@ -66,8 +66,6 @@ def test_each_time_is_uniform_on_its_own():
     assert (np.abs(t.var(0) - 1 / 12) < 4 / np.sqrt(180 * 4000)).all()
 
 
-
-
 def test_adaptive_times_follow_the_root_mean_square_of_the_loss():
     """A loss per unit of lambda of known size and noise: the bins' shares are its root mean square, beside the floor."""
     sde = sd.LinearLogSNR(log_snr_max=8.0, log_snr_min=-8.0)
@@ -95,7 +93,7 @@ def test_adaptive_times_follow_the_root_mean_square_of_the_loss():
 
 
 def test_adaptive_times_reach_the_least_variance():
-    """At independent times the variance is (int rms dlambda)^2 - mean^2 at best, known here by quadrature; the floor costs 1 / 0.95 at most."""
+    """At independent times the variance is (int rms dlambda)^2 - mean^2 at best, known here by quadrature; the floor costs 1 / 0.95."""
     sde = sd.LinearLogSNR(log_snr_max=8.0, log_snr_min=-8.0)
 
     def size(t):

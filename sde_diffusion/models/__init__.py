@@ -31,15 +31,15 @@ def build(name: str, **options: Any) -> nn.Module:
     known = [field.name for field in fields(network) if field.name not in ("parent", "name")]
     unknown = sorted(set(options) - set(known))
     if unknown:
-        raise ValueError(
-            f"unknown option {', '.join(map(repr, unknown))} of model {name!r}: "
-            f"the known ones are {', '.join(known)}"
-        )
+        raise ValueError(f"unknown option {', '.join(map(repr, unknown))} of model {name!r}: the known ones are {', '.join(known)}")
     # Flax hashes a module by its fields, and a config may hold lists.
     module = network(**{k: tuple(v) if isinstance(v, list) else v for k, v in options.items()})
     for key, most in (("channels", 65_536), ("num_blocks", 100), ("width", 1_000_000), ("depth", 1000)):
         value = getattr(module, key, 1)
-        check(isinstance(value, int) and 1 <= value <= most, f"model.{key}={shown(value)} must be an integer of at least 1 and at most {most:,}")
+        check(
+            isinstance(value, int) and 1 <= value <= most,
+            f"model.{key}={shown(value)} must be an integer of at least 1 and at most {most:,}",
+        )
     for key in ("multipliers", "attention", "input_fourier"):
         value = getattr(module, key, ())
         whole = isinstance(value, tuple) and all(isinstance(v, int) for v in value)

@@ -17,9 +17,7 @@ from jaxtyping import Array, Float, Int, Key
 from sde_diffusion.prediction import lookup
 
 
-def check_call(
-    x: Array, c: Array, labels: Array | None, num_classes: int | None, network: str
-) -> None:
+def check_call(x: Array, c: Array, labels: Array | None, num_classes: int | None, network: str) -> None:
     """Raises ValueError where x, c and labels do not make one batch. Reads shapes alone."""
     batch = x.shape[:1]
     if c.shape != batch:
@@ -30,13 +28,10 @@ def check_call(
     if labels is None:
         return
     if num_classes is None:
-        raise ValueError(
-            f"{network} got class labels but num_classes is None: set num_classes or drop labels"
-        )
+        raise ValueError(f"{network} got class labels but num_classes is None: set num_classes or drop labels")
     if labels.shape != batch:
         raise ValueError(
-            f"{network} got labels of shape {labels.shape} with x of shape {x.shape}: "
-            f"expected one integer an example, {batch}"
+            f"{network} got labels of shape {labels.shape} with x of shape {x.shape}: expected one integer an example, {batch}"
         )
 
 
@@ -50,9 +45,7 @@ def uniform_init(scale: float = 1.0) -> Callable[..., Array]:
     return nn.initializers.variance_scaling(scale, "fan_avg", "uniform")
 
 
-def sinusoidal_features(
-    c: Float[Array, " batch"], features: int, scale: float | int
-) -> Float[Array, "batch features"]:
+def sinusoidal_features(c: Float[Array, " batch"], features: int, scale: float | int) -> Float[Array, "batch features"]:
     """sin and cos of scale * c at geometric frequencies 1 ... 1e-4 (arXiv:1706.03762, sec. 3.5)."""
     half = max(features // 2, 1)
     frequencies = np.geomspace(1.0, 1e-4, half)
@@ -61,9 +54,7 @@ def sinusoidal_features(
     return jnp.pad(waves, ((0, 0), (0, max(features - 2 * half, 0))))[:, :features]
 
 
-def fourier_features(
-    c: Float[Array, " batch"], features: int, scale: float | int
-) -> Float[Array, "batch twice_features"]:
+def fourier_features(c: Float[Array, " batch"], features: int, scale: float | int) -> Float[Array, "batch twice_features"]:
     """sin and cos of 2 pi w c with w ~ N(0, scale^2) (arXiv:2006.10739): 2 * features numbers.
 
     The frequencies are constants, not parameters: weight decay and parameter counts pass them by.
@@ -113,9 +104,7 @@ class NoiseEmbedding(nn.Module):
     param_dtype: Any = "float32"
 
     @nn.compact
-    def __call__(
-        self, c: Float[Array, " batch"], labels: Int[Array, " batch"] | None = None
-    ) -> Float[Array, "batch width"]:
+    def __call__(self, c: Float[Array, " batch"], labels: Int[Array, " batch"] | None = None) -> Float[Array, "batch width"]:
         c = c.astype(jnp.promote_types(c.dtype, jnp.float32))
         scale = EMBEDDING_SCALES[self.kind] if self.scale is None else self.scale
         dense = dict(dtype=c.dtype, param_dtype=jnp.dtype(self.param_dtype))
@@ -156,10 +145,7 @@ def _fir(x: Array, pad: tuple[int, int], stride: int = 1) -> Array:
         widths[axis] = pad
         padded = jnp.pad(x, widths)
         size = padded.shape[axis] - len(FIR_KERNEL) + 1
-        x = sum(
-            tap * jax.lax.slice_in_dim(padded, k, k + size, stride, axis)
-            for k, tap in enumerate(FIR_KERNEL)
-        )
+        x = sum(tap * jax.lax.slice_in_dim(padded, k, k + size, stride, axis) for k, tap in enumerate(FIR_KERNEL))
     return x
 
 

@@ -147,16 +147,13 @@ class UNet(nn.Module):
     def _halve(self, pyramid, features, types):
         fir = self.resampling == "fir"
         padding = "VALID" if fir else ((0, 1), (0, 1))
-        conv = nn.Conv(
-            features, (3, 3), strides=2, padding=padding, kernel_init=uniform_init(), **types
-        )
+        conv = nn.Conv(features, (3, 3), strides=2, padding=padding, kernel_init=uniform_init(), **types)
         return conv(fir_blur(pyramid) if fir else pyramid)
 
     def _check_image(self, x):
         if x.ndim != 4:
             raise ValueError(
-                f"UNet got x of shape {x.shape}: expected (batch, height, width, channels); "
-                "add the missing axis or use the network 'mlp'"
+                f"UNet got x of shape {x.shape}: expected (batch, height, width, channels); add the missing axis or use the network 'mlp'"
             )
         factor = 2 ** (len(self.multipliers) - 1)
         height, width = x.shape[1:3]

@@ -30,7 +30,9 @@ class AdaptiveSamples(NamedTuple):
 
     samples: Float[Array, "b ..."]
     evaluations: Int[Array, " b"]  # of the network, for each example, rejected steps and `denoise` included
-    success: Bool[Array, " b"]  # False where max_steps were not enough, or no step was short enough, as where the score is not finite; the sample is then nan
+    success: Bool[
+        Array, " b"
+    ]  # False where max_steps were not enough, or no step was short enough, as where the score is not finite; the sample is then nan
 
 
 def sample_adaptive(
@@ -74,7 +76,10 @@ def sample_adaptive(
     method = next(iter(methods)) if method is None else method
     lookup(methods, method, f"adaptive {'ODE' if noise_level == 0 else 'SDE'} method")
     check(rtol > 0 and atol > 0, f"rtol={rtol} and atol={atol} must be positive; 1e-3 is usual")
-    check(isinstance(max_steps, (int, np.integer)) and not isinstance(max_steps, bool) and max_steps >= 1, f"max_steps={max_steps} must be an integer of at least 1")
+    check(
+        isinstance(max_steps, (int, np.integer)) and not isinstance(max_steps, bool) and max_steps >= 1,
+        f"max_steps={max_steps} must be an integer of at least 1",
+    )
     check_process(score_fn, sde)
     t_end = check_t_end(sde, t_end)
     sigma_data = getattr(score_fn, "sigma_data", 0.5) if sigma_data is None else sigma_data

@@ -55,7 +55,8 @@ def few(num: int) -> bool:
     return num < 6
 
 
-# The dimensions in which images have been measured: the linear part of `adams` grows no further, nor "tapered", but up to twice as many in more than 10 steps.
+# The dimensions in which images have been measured: the linear part of `adams` grows no further, nor "tapered", but up to twice as many in
+# more than 10 steps.
 MOST = 3072
 
 
@@ -131,23 +132,25 @@ def _near(sde, t0, t1, u, s, size):
 
 
 def _wide(sde, t0, t1, u, s, size):
-    # What a network that predicts eps tells at high noise is its own, whose flow has structure at every log-SNR: the more steps, the more even.
+    # What a network that predicts eps tells at high noise is its own, whose flow has structure at every log-SNR: the more even.
     num = len(u) - 1
-    return _student(sde, t0, t1, _taper(u, 0.3, 0.5), s, size, _quantiles(jnp.log(0.65 * size**0.375 * s), 2.5 + 0.15 * num, 1.8 + 0.09 * num))
+    return _student(
+        sde, t0, t1, _taper(u, 0.3, 0.5), s, size, _quantiles(jnp.log(0.65 * size**0.375 * s), 2.5 + 0.15 * num, 1.8 + 0.09 * num)
+    )
 
 
 def may_ask_ahead(num_steps: int, size):
-    """Whether so many steps leave the first time without an evaluation anywhere: 2 to 20, but 6 of more than 3,072 dimensions, and 7 and 8 of more than 1,536,
-    gain more by it."""
+    """Whether so many steps leave the first time without an evaluation anywhere: 2 to 20, but 6 of more than 3,072 dimensions, and 7 and 8
+    of more than 1,536, gain more by it."""
     return (num_steps in range(2, 21)) & (size <= {6: MOST, 7: MOST // 2, 8: MOST // 2}.get(num_steps, math.inf))
 
 
 def asks_ahead(half_log_snr, num_steps: int, s, size):
     """Whether `adams`, and its grid, leave the first time without an evaluation: where these steps may, and start in noise.
 
-    What that costs goes by (alpha / sigma)^2 there times the largest variance of the data, which grows with its dimensions, whatever the number of steps, of
-    which more ask for less. For 5, which gain the most, the least noise grows slower than the data's radius. Where the other form is that of scales out of reach,
-    it pays from further out.
+    What that costs goes by (alpha / sigma)^2 there times the largest variance of the data, which grows with its dimensions, whatever the
+    number of steps, of which more ask for less. For 5, which gain the most, the least noise grows slower than the data's radius. Where the
+    other form is that of scales out of reach, it pays from further out.
     """
     noise = jnp.exp(-jnp.maximum(half_log_snr, 0.5 * lowest_log_snr(s)))
     dimensions = jnp.maximum(1.0, size / 64)
@@ -172,7 +175,17 @@ def within_first(sde: SDE, times: Float[Array, " times"], sigma_data: Number, ev
 
 
 # (sde, first time, last time, u in [0, 1], standard deviation of the data, size of an event) -> times.
-GRIDS = {"ahead": _ahead, "near": _near, "tapered": _tapered, "wide": _wide, "student": _student, "uniform": _uniform, "quadratic": _quadratic, "log_snr": _log_snr, "edm": _edm}
+GRIDS = {
+    "ahead": _ahead,
+    "near": _near,
+    "tapered": _tapered,
+    "wide": _wide,
+    "student": _student,
+    "uniform": _uniform,
+    "quadratic": _quadratic,
+    "log_snr": _log_snr,
+    "edm": _edm,
+}
 
 
 def time_grid(
@@ -182,29 +195,29 @@ def time_grid(
 
     kind, for N = num_steps, q = sigma / alpha, s = sigma_data, D = event_size and d = log(D / 64), at least 0:
       "student": log(q) at equal quantiles of Student's t distribution (2 degrees of freedom; scale 2 above and 2.1 below) around
-        log(0.65 D^(1/5) s): most steps where the data takes shape. For an end between e^-5.5 s and e^-3 s the centre moves to 0.72 of that and
-        the lower scale grows by 0.4.
-      "tapered", for the multistep methods of this project: the same around log(D^(3/8) s / 3) + 0.75 d / N, with scales 1.5 + 0.4 d above and
-        1.8 + max(0.1, 0.6 - 5/N) d below (N < 6: around log(0.4 D^(3/8) s), with 2 + 0.15 d and 1.85 + 0.2 max(N - 4, 0) d). Of these quantiles the
-        first step covers 0.55 (N < 6: 0.7) of the others' share, the last of N > 10 0.7 + 3/N of it. For an early end as "student".
-        Beyond D = 3,072 (N > 10: 6,144) nothing changes any more.
-      "near": "tapered", but 5 to 8 steps in more than 1,000 dimensions are around log(2.8 s) + (N - 5)/8, with 3 + 0.15 (N - 5) above and 1.55 below, whatever D,
-        and the first covers 0.55.
-      "ahead", the grid of `adams`: "near", but 2 to 20 steps from noise (not 6 in more than 3,072 dimensions, nor 7 and 8 in more than 1,536) are those of
-        "tapered" for one step more without its second time.
-      "wide", for networks that predict eps: as "student" around log(0.65 D^(3/8) s), with scales 2.5 + 0.15 N above and 1.8 + 0.09 N below, wherever
-        it ends; the first step covers 0.7 of the others' share, the last of N > 6 1/2 + 3/N.
+        log(0.65 D^(1/5) s): most steps where the data takes shape. For an end between e^-5.5 s and e^-3 s the centre moves to 0.72 of that
+        and the lower scale grows by 0.4.
+      "tapered", for the multistep methods of this project: the same around log(D^(3/8) s / 3) + 0.75 d / N, with scales 1.5 + 0.4 d above
+        and 1.8 + max(0.1, 0.6 - 5/N) d below (N < 6: around log(0.4 D^(3/8) s), with 2 + 0.15 d and 1.85 + 0.2 max(N - 4, 0) d). Of these
+        quantiles the first step covers 0.55 (N < 6: 0.7) of the others' share, the last of N > 10 0.7 + 3/N of it. For an early end as
+        "student". Beyond D = 3,072 (N > 10: 6,144) nothing changes any more.
+      "near": "tapered", but 5 to 8 steps in more than 1,000 dimensions are around log(2.8 s) + (N - 5)/8, with 3 + 0.15 (N - 5) above and
+        1.55 below, whatever D, and the first covers 0.55.
+      "ahead", the grid of `adams`: "near", but 2 to 20 steps from noise (not 6 in more than 3,072 dimensions, nor 7 and 8 in more than
+        1,536) are those of "tapered" for one step more without its second time.
+      "wide", for networks that predict eps: as "student" around log(0.65 D^(3/8) s), with scales 2.5 + 0.15 N above and 1.8 + 0.09 N below,
+        wherever it ends; the first step covers 0.7 of the others' share, the last of N > 6 1/2 + 3/N.
       "edm": uniform in q^(1/7) (arXiv:2206.00364 eq. 5, which k-diffusion calls Karras').
       "log_snr": uniform in lambda (arXiv:2206.00927 section 3.2).
       "uniform" in t; "quadratic": uniform in sqrt(t) (arXiv:2010.02502 appendix D.2).
-    Those that go by q begin at a lambda of -20 at the lowest (less 2 log s where that is above 1), where nothing is left of the data; t_max takes
-    the place of that time.
+    Those that go by q begin at a lambda of -20 at the lowest (less 2 log s where that is above 1), where nothing is left of the data; t_max
+    takes the place of that time.
     sigma_data: the standard deviation of the data. event_size: how many numbers an event holds: its radius grows with the root of that.
     Give it for an array that `sample_ode` shall have: `adams` goes by the size of what it samples.
 
     Raises:
-      ValueError: unknown kind, num_steps < 1, sigma_data not positive, event_size < 1, t_end outside [t_train, t_max), or times so close that they
-        are equal.
+      ValueError: unknown kind, num_steps < 1, sigma_data not positive, event_size < 1, t_end outside [t_train, t_max), or times that
+        are equal in this precision.
     """
     fn = lookup(GRIDS, kind, "grid")
     check(
@@ -255,7 +268,10 @@ def resolve_grid(
         return time_grid(sde, usual_steps if num_steps is None else num_steps, grid, t_end, sigma_data, event_size)
     times = grid if isinstance(grid, jax.core.Tracer) else np.asarray(grid)
     check(
-        times.ndim == 1 and times.shape[0] >= 2 and jnp.issubdtype(times.dtype, np.number) and not jnp.issubdtype(times.dtype, np.complexfloating),
+        times.ndim == 1
+        and times.shape[0] >= 2
+        and jnp.issubdtype(times.dtype, np.number)
+        and not jnp.issubdtype(times.dtype, np.complexfloating),
         f"grid has shape {times.shape} of {times.dtype}; pass a 1-D array of at least 2 decreasing times, or one of {sorted(GRIDS)}",
     )
     if t_end is not None:

@@ -73,7 +73,7 @@ def check_shape(shape) -> tuple[int, ...]:
 
 
 def check_state(score_fn, sde: SDE, key, shape, init, t_start=None):
-    """(shape, init) as a tuple and an array of float32 or wider, or a ValueError: what every sampler asks of its start, t_max by default."""
+    """(shape, init) as a tuple and an array of float32 or wider, or a ValueError: what every sampler asks of its start."""
     shape, init = check_shape(shape), None if init is None else jnp.asarray(init)
     if init is not None and init.shape != shape:
         raise ValueError(f"init has shape {init.shape} but shape={shape} was asked for; make them equal")
@@ -109,8 +109,7 @@ def check_start(solver: Solver, name: str, sde: SDE, num_steps: int, t_start=Non
     )
     if not solver.zero_snr and zero_terminal_snr(sde, t_start):
         raise ValueError(
-            f"{name!r} needs alpha > 0, but alpha({sde.t_max}) = 0 in {sde} (zero terminal SNR); use 'adams', 'ddim' or "
-            "'ancestral'"
+            f"{name!r} needs alpha > 0, but alpha({sde.t_max}) = 0 in {sde} (zero terminal SNR); use 'adams', 'ddim' or 'ancestral'"
         )
 
 
@@ -127,7 +126,9 @@ def _table(solver, steps):
         column = getattr(table, name)
         good = column is None or np.shape(column)[:1] == (rows,) and np.ndim(column) == 1 + (name == "history")
         wanted = f"({rows}, K)" if name == "history" else f"({rows},)"
-        check(good, f"a method's Table of {steps.num} steps, {table.stages} rows each, needs {name} of shape {wanted}, not {np.shape(column)}")
+        check(
+            good, f"a method's Table of {steps.num} steps, {table.stages} rows each, needs {name} of shape {wanted}, not {np.shape(column)}"
+        )
     check(table.noise is None or steps.noise_level is not None, "a method of sample_ode adds no noise: pass this one to sample_sde")
     return table
 
@@ -137,4 +138,6 @@ def _run(table, score_fn, sde, key, times, init, centre, correct, *, shape, deno
     key_prior, key_steps = jax.random.split(key)
     x = sde.prior_sample(key_prior, shape) if init is None else init
     correct = None if correct is None else functools.partial(correct, score_fn, sde)
-    return run(table, score_fn, sde, key_steps, x, times[0], times[-1], centre=centre, correct=correct, denoise=denoise, return_path=return_path)
+    return run(
+        table, score_fn, sde, key_steps, x, times[0], times[-1], centre=centre, correct=correct, denoise=denoise, return_path=return_path
+    )

@@ -53,7 +53,10 @@ def sample_langevin(
     Raises:
       ValueError: as `sample_sde`; also num_levels < 2, steps_per_level < 1 and step_size outside (0, 4).
     """
-    check(isinstance(num_levels, (int, np.integer)) and num_levels >= 2, f"num_levels={num_levels} must be an integer of at least 2; 10 is usual")
+    check(
+        isinstance(num_levels, (int, np.integer)) and num_levels >= 2,
+        f"num_levels={num_levels} must be an integer of at least 2; 10 is usual",
+    )
     check(
         isinstance(steps_per_level, (int, np.integer)) and steps_per_level >= 1,
         f"steps_per_level={steps_per_level} must be an integer of at least 1; 100 is usual",

@@ -1,9 +1,9 @@
 """Solvers fitted to a model: the coefficients and times of a linear solver, against the model's own fine solutions.
 
-The family is that of Bespoke Non-Stationary solvers (arXiv:2403.01329): any times, any factors of all evaluations so far.
-It contains every solver of `sample_ode` with one evaluation a step. It is taken about the mean of the data. The first evaluation too may be at a
-free time: at t_max it would tell next to nothing but that mean. Also in this literature: arXiv:2405.15506 (LD3), arXiv:2502.17423
-(S4S), arXiv:2404.14507 (Align Your Steps).
+The family is that of Bespoke Non-Stationary solvers (arXiv:2403.01329): any times, any factors of all evaluations so far. It contains every
+solver of `sample_ode` with one evaluation a step. It is taken about the mean of the data. The first evaluation too may be at a free time:
+at t_max it would tell next to nothing but that mean. Also in this literature: arXiv:2405.15506 (LD3), arXiv:2502.17423 (S4S),
+arXiv:2404.14507 (Align Your Steps).
 """
 
 import dataclasses
@@ -161,16 +161,17 @@ def fit_solver(
 ) -> LearnedSolver:
     """Fits a solver of `nfe` evaluations to a score function: the smallest end-point error |x - x_fine|.
 
-    Fitted are the times, and factors of the state and of all evaluations so far (the last 6 where nfe > 10), for x and x0_hat about the mean of
-    the data, so that no factor is spent on where the data lies. Levenberg-Marquardt does it, against solutions of `adams_4` in `fine_steps` steps
-    from `num_states` prior draws, of which the first updates look at some. It starts twice, and goes on with the better one: from the rule of
-    `adams` in 2 to 20 steps from noise (the grid "tapered" of a step more, the first evaluation at a free time within the first step), and from
-    that of more steps (the first evaluation at t_max). For a network that predicts eps or the score it starts from `adams_eps` alone, which
-    also gives the solutions.
+    Fitted are the times, and factors of the state and of all evaluations so far (the last 6 where nfe > 10), for x and x0_hat about the
+    mean of the data, so that no factor is spent on where the data lies. Levenberg-Marquardt does it, against solutions of `adams_4` in
+    `fine_steps` steps from `num_states` prior draws, of which the first updates look at some. It starts twice, and goes on with the better
+    one: from the rule of `adams` in 2 to 20 steps from noise (the grid "tapered" of a step more, the first evaluation at a free time within
+    the first step), and from that of more steps (the first evaluation at t_max). For a network that predicts eps or the score it starts
+    from `adams_eps` alone, which also gives the solutions.
 
     The objective is the pseudo-Huber mean of the states' errors: a state that ends in another mode of the data is far off by chance, and
-    would rule a mean square. A quarter of the states is held out: the best solver on as many of these as the updates look at is returned, whose
-    held-out error, on all of them, is a little optimistic for it, and fitting ends when they stop improving. Family: arXiv:2403.01329.
+    would rule a mean square. A quarter of the states is held out: the best solver on as many of these as the updates look at is returned,
+    whose held-out error, on all of them, is a little optimistic for it, and fitting ends when they stop improving.
+    Family: arXiv:2403.01329.
 
     A few states near the divide between two modes make most of what a fit leaves: compare `held_out_rmse` with `held_out_median`.
 
@@ -198,9 +199,18 @@ def fit_solver(
     from tqdm import tqdm
 
     check(isinstance(nfe, (int, np.integer)) and nfe >= 2, f"nfe={nfe!r} must be an integer of at least 2; 5 to 20 is usual")
-    check(isinstance(num_states, (int, np.integer)) and num_states >= 16, f"num_states={num_states!r} must be an integer of at least 16; 4096 is usual")
-    check(isinstance(max_updates, (int, np.integer)) and max_updates >= 1, f"max_updates={max_updates!r} must be an integer of at least 1; 80 is usual")
-    check(isinstance(fine_steps, (int, np.integer)) and fine_steps > nfe, f"fine_steps={fine_steps!r} must be an integer of more than nfe={nfe}; 100 is usual")
+    check(
+        isinstance(num_states, (int, np.integer)) and num_states >= 16,
+        f"num_states={num_states!r} must be an integer of at least 16; 4096 is usual",
+    )
+    check(
+        isinstance(max_updates, (int, np.integer)) and max_updates >= 1,
+        f"max_updates={max_updates!r} must be an integer of at least 1; 80 is usual",
+    )
+    check(
+        isinstance(fine_steps, (int, np.integer)) and fine_steps > nfe,
+        f"fine_steps={fine_steps!r} must be an integer of more than nfe={nfe}; 100 is usual",
+    )
     check_process(score_fn, sde)
     traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((key, sde, score_fn, t_end, sigma_data)))
     check(not traced, "fit_solver compiles what it needs by itself, and cannot run inside jax.jit, vmap or grad: call it outside")
@@ -244,7 +254,9 @@ def fit_solver(
                 turn = _best(found)
             bar.update()
             best = found[turn if updates >= trial else _best(found)][0]
-            bar.set_postfix_str(f"median held-out error {np.sqrt(np.median(best) / np.median(of_default[: len(best)])):.3f} of the default's")
+            bar.set_postfix_str(
+                f"median held-out error {np.sqrt(np.median(best) / np.median(of_default[: len(best)])):.3f} of the default's"
+            )
             if updates >= trial and found[turn][2] >= 8:
                 ended_by = "no more gain"
                 break
@@ -279,8 +291,8 @@ def _best(found) -> int:
 
 
 def _descend(family, score_fn, centre, data, held_out, key, max_updates):
-    """Levenberg-Marquardt from the start of a family: after each update the held-out errors `(states,)` of the best solver so far, itself as
-    its table and times, and for how many updates there was no gain. The errors are those of as many states as the next update looks at, or all."""
+    """Levenberg-Marquardt from the start of a family: after each update the held-out errors `(states,)` of the best solver so far, itself
+    as its table and times, and for how many updates there was no gain. The errors are of the states that the next update looks at."""
     theta, unravel = ravel_pytree(family.start())
     sde, size = family.sde, data[0].shape[1]
     build = jax.jit(lambda theta: family.build(unravel(theta)))
@@ -337,8 +349,8 @@ def _descend(family, score_fn, centre, data, held_out, key, max_updates):
 
 @dataclasses.dataclass(frozen=True)
 class _Family:
-    """The default rule at free times, plus free factors, in the scale of the state's marginal; for x less alpha centre. Given times of nfe + 1 steps,
-    the rule is that of `adams` without its first evaluation, as in few steps (`spaces.ahead`)."""
+    """The default rule at free times, plus free factors, in the scale of the state's marginal; for x less alpha centre. Given times of
+    nfe + 1 steps, the rule is that of `adams` without its first evaluation, as in few steps (`spaces.ahead`)."""
 
     sde: SDE
     nfe: int
@@ -363,7 +375,9 @@ class _Family:
         plain = Steps.of(self.sde, self.times, self.sigma_data, self.event_size)
         lengths = plain.h * jnp.exp(parameters["lengths"])
         inner = plain.half_log_snr[0] + jnp.cumsum(lengths * (plain.h.sum() / lengths.sum()))[:-1]
-        steps = Steps.of(self.sde, jnp.concatenate([self.times[:1], self.sde.time(2 * inner), self.times[-1:]]), self.sigma_data, self.event_size)
+        steps = Steps.of(
+            self.sde, jnp.concatenate([self.times[:1], self.sde.time(2 * inner), self.times[-1:]]), self.sigma_data, self.event_size
+        )
         less = steps.num - n
         if less:
             table = from_within(steps)

@@ -143,7 +143,7 @@ def moved(x, centre, alpha):
 
 
 def begin(table: Table, sde, centre, x, t_start):
-    """What is carried from row to row, before the first: x less alpha centre, what past evaluations said `(K, B, *event)`, what the first one did."""
+    """What is carried from row to row, before the first: x less alpha centre, what past evaluations `(K, B, *event)` and the first said."""
     zero = jnp.zeros_like(x)  # under shard_map as varied as x is
     past = jnp.stack([zero] * table.history.shape[1])
     first = None if table.first is None else zero
@@ -193,9 +193,7 @@ def run(table: Table, score_fn, sde, key, x, t_start, t_end, *, centre=None, cor
             y = (y + row.noise * jax.random.normal(key_noise, y.shape, y.dtype)).astype(y.dtype)
         if correct is not None:
             alpha = sde.alpha(s)
-            y = jax.lax.cond(
-                done, lambda y: moved(correct(key_correct, moved(y, centre, alpha), s), centre, -alpha), lambda y: y, y
-            )
+            y = jax.lax.cond(done, lambda y: moved(correct(key_correct, moved(y, centre, alpha), s), centre, -alpha), lambda y: y, y)
         return (y, past, first), (moved(y, centre, sde.alpha(s)) if return_path else None)
 
     inputs = (table, index, step_done, jnp.append(table.time[1:], t_end))
@@ -241,7 +239,7 @@ class Solver:
 
 
 def register(methods: dict, compiled: bool = True, **facts):
-    """A decorator that enters a function from `Steps` to a `Table` into a dict of solvers, under its own name; compiled, unless it does that itself."""
+    """A decorator that enters a function from `Steps` to a `Table` into a dict of solvers, under its own name; compiled by default."""
 
     def enter(table):
         methods[table.__name__] = Solver(jax.jit(table) if compiled else table, **facts)

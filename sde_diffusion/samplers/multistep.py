@@ -63,8 +63,8 @@ def adams(
       rtol, atol: of one step, against the mean square over u and, five times as large, the mean over the P integrands.
       longest: `(y (B,)) -> (B,)`, the longest step from y.
       times: the nodes after `start`, shared by the batch, in place of steps by tolerance; the last is stop.
-      batch_size: B of `rate`, all by default. Where an example is done, the next takes its place; the last ones go on in a quarter of it, so
-        that few wait for the slowest.
+      batch_size: B of `rate`, all by default. Where an example is done, the next takes its place; the last ones go on in a quarter of it,
+        so that few wait for the slowest.
     """
     from equinox.internal import while_loop  # differentiable in reverse, as diffrax's own
 

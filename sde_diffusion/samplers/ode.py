@@ -20,8 +20,8 @@ from sde_diffusion.sde import SDE, Number, derivative, known
 
 METHODS: dict[str, Solver] = {}
 
-# Adams-Bashforth as predictor and Adams-Moulton as corrector, for w over log sigma between the scales of the data (`spaces.residual_space`), less
-# what a mean of the data explains (`spaces.centred`): the project's own.
+# Adams-Bashforth as predictor and Adams-Moulton as corrector, for w over log sigma between the scales of the data
+# (`spaces.residual_space`), less what a mean of the data explains (`spaces.centred`): the project's own.
 
 _ADAMS = dict(evaluations=1, grid="tapered")
 # Evaluations from which fewer of the last steps of `adams` are of low order (`_between_orders`).
@@ -38,15 +38,15 @@ def _relative_radius(size):
 def _scales(steps, num=None):
     """(scale, fine, coarse) of `spaces.residual_space` for `num` evaluations.
 
-    Data has structure from far below its standard deviation s to its radius s sqrt(D), and what is coarsest moves it the furthest. Four or fewer evaluations
-    cannot follow that: theirs are next to s, and a polynomial in s / sigma or sigma / s.
+    Data has structure from far below its standard deviation s to its radius s sqrt(D), and what is coarsest moves it the furthest. Four or
+    fewer evaluations cannot follow that: theirs are next to s, and a polynomial in s / sigma or sigma / s.
     """
     num = steps.num if num is None else num
     s, size = steps.sigma_data, steps.event_size
     # Never 0, which would leave nothing of the variable.
     many = min(1.0, max(0.01, (num - 4) / 6))
-    # In more dimensions the coarsest directions are most of the error. In few evaluations, whose grid goes further out, the linear part follows; else the
-    # coarse scale comes earlier. Beyond that of ten evaluations, mixtures fitted to images lose a tenth.
+    # In more dimensions the coarsest directions are most of the error. In few evaluations, whose grid goes further out, the linear part
+    # follows; else the coarse scale comes earlier. Beyond that of ten evaluations, mixtures fitted to images lose a tenth.
     if few(num):
         linear, far = min(1.0, many + 0.08 * math.log(_relative_radius(min(size, MOST)))), many
     else:
@@ -55,7 +55,7 @@ def _scales(steps, num=None):
 
 
 def _near_scales(steps):
-    """As `_scales`, but where the data's scales are out of reach, they begin above its standard deviation, and every further evaluation takes them apart."""
+    """As `_scales`; where the data's are out of reach, from above its standard deviation on, the wider the more evaluations."""
     if not out_of_reach(steps.num, steps.event_size):
         return _scales(steps)
     s, further = steps.sigma_data, reach(steps.num)
@@ -70,8 +70,8 @@ def _adams(steps, order):
 
 
 def _between_orders(steps, scales, corrected=True, many=False, origin=False):
-    """many: enough evaluations for the last steps to be short, of which two then are of order 2, not three, and of that alone; and for steps to be redone a second
-    time. origin: see `spaces.with_origin`."""
+    """many: enough evaluations for the last steps to be short, of which two then are of order 2, not three, and of that alone; and for
+    steps to be redone a second time. origin: see `spaces.with_origin`."""
     left = steps.num - np.arange(steps.num)
     order = np.minimum(orders(steps.num, 4), 1 + (left + 1) // 2 if many else np.maximum(2, left - 1))
     space = residual_space(steps, *scales)
@@ -98,7 +98,7 @@ def from_within(steps: Steps) -> Table:
 
 @functools.partial(jax.jit, static_argnums=1)
 def _rule(steps: Steps, within: bool) -> Table:
-    """Either of these, told the grid without the time of an evaluation within its first step. Both in the form of the widest: one program runs them."""
+    """Either of these, told the grid without the time within its first step; both in the form of the widest: one program runs them."""
     if within:
         inner = within_first(steps.sde, steps.time, steps.sigma_data, steps.event_size)
         table = from_within(Steps.of(steps.sde, jnp.insert(steps.time, 1, inner), steps.sigma_data, steps.event_size))
@@ -117,23 +117,25 @@ def _asks_ahead(steps: Steps):
 def adams(steps: Steps) -> Table:
     """The default, for any number of evaluations: as adams_4, with a predictor between two orders.
 
-    It is told the data's standard deviation s and the dimensions D, as the grid is: up to 4 evaluations go by little but s, 10 and more by the radius s sqrt(D) too,
-    whose coarse scale comes earlier in more than 64 dimensions (`spaces.residual_space`; exact for N(0, s^2 I) up to 64 dimensions). Of more than 1,000 dimensions
-    5 to 8 evaluations from the prior cannot follow all scales, and go by s; beyond 3,072 (the grid of more than 10 evaluations: 6,144) only the coarse scale grows.
+    It is told the data's standard deviation s and the dimensions D, as the grid is: up to 4 evaluations go by little but s, 10 and more by
+    the radius s sqrt(D) too, whose coarse scale comes earlier in more than 64 dimensions (`spaces.residual_space`; exact for N(0, s^2 I) up
+    to 64 dimensions). Of more than 1,000 dimensions 5 to 8 evaluations from the prior cannot follow all scales, and go by s; beyond 3,072
+    (the grid of more than 10 evaluations: 6,144) only the coarse scale grows.
 
-    It predicts by three quarters of Adams-Bashforth of order 4 and one of order 3: networks are less smooth than exact scores, and high orders amplify that. The last
-    three steps are of orders 2 and 1 below 15 evaluations; from there on the last two are of order 2 alone, the two before of orders 3 and 2: they are long beside the
-    finest structure of the data, and the network's own error outweighs what higher orders gain. The order, 3, is that of what the last step, which is not corrected,
-    leaves in many steps.
+    It predicts by three quarters of Adams-Bashforth of order 4 and one of order 3: networks are less smooth than exact scores, and high
+    orders amplify that. The last three steps are of orders 2 and 1 below 15 evaluations; from there on the last two are of order 2 alone,
+    the two before of orders 3 and 2: they are long beside the finest structure of the data, and the network's own error outweighs what
+    higher orders gain. The order, 3, is that of what the last step, which is not corrected, leaves in many steps.
 
-    From 15 evaluations on in up to 64 dimensions, the corrector redoes each step but the last two once more, by the evaluation at the end of
-    the next, unless that is less than an eighth as long. That gains on the rule's own grid, in few dimensions the most; beyond 64 the coarsest
-    directions, where the first steps err, lose by it. On other grids it can lose.
+    From 15 evaluations on in up to 64 dimensions, the corrector redoes each step but the last two once more, by the evaluation at the end
+    of the next, unless that is less than an eighth as long. That gains on the rule's own grid, in few dimensions the most; beyond 64 the
+    coarsest directions, where the first steps err, lose by it. On other grids it can lose.
 
-    In 2 to 20 steps (but 6 in more than 3,072 dimensions, and 7 and 8 in more than 1,536) from noise, the first evaluation is within the first step instead of at its
-    beginning, where it would tell the mean of the data and little else (`spaces.ahead`). Noise is sigma > 14 alpha s in up to 8 steps and 140 alpha s in 20, of more than
-    64 dimensions times sqrt(D / 64), in 5 steps times (D / 64)^0.4; 5 to 8 steps of more than 1,000 dimensions: sigma > 2.6 alpha s sqrt(D). Else, from
-    within ten times the data's radius, the first three steps, but for the last of all, count infinite noise as a node (`spaces.with_origin`).
+    In 2 to 20 steps (but 6 in more than 3,072 dimensions, and 7 and 8 in more than 1,536) from noise, the first evaluation is within the
+    first step instead of at its beginning, where it would tell the mean of the data and little else (`spaces.ahead`). Noise is sigma > 14
+    alpha s in up to 8 steps and 140 alpha s in 20, of more than 64 dimensions times sqrt(D / 64), in 5 steps times (D / 64)^0.4; 5 to 8
+    steps of more than 1,000 dimensions: sigma > 2.6 alpha s sqrt(D). Else, from within ten times the data's radius, the first three steps,
+    but for the last of all, count infinite noise as a node (`spaces.with_origin`).
     """
     if not may_ask_ahead(steps.num, steps.event_size):
         return _rule(steps, False)
@@ -147,11 +149,11 @@ def adams(steps: Steps) -> Table:
 def adams_eps(steps: Steps) -> Table:
     """The default for networks that predict eps or the score: as adams, over log-SNR, and with every evaluation where the state is.
 
-    Such a network's x0_hat is off, at high noise, by its error in eps times sigma / alpha: of one that is 0.02 off by three at sigma / alpha = 150. This is
-    a flow of its own, with structure at every log-SNR, which neither tells a mean of the data nor may be left out. So w is that
-    of three times the data's standard deviation s (of less in fewer than 8 steps, of more above 64 dimensions in 6 steps and more), interpolated
-    over log-SNR (in few steps by polynomials that end between the scales of the data, as those of adams), on a grid that is the more even the more
-    steps it has. Two steps are too long to correct the first. For an exact eps, adams is closer.
+    Such a network's x0_hat is off, at high noise, by its error in eps times sigma / alpha: of one that is 0.02 off by three at sigma /
+    alpha = 150. This is a flow of its own, with structure at every log-SNR, which neither tells a mean of the data nor may be left out. So
+    w is that of three times the data's standard deviation s (of less in fewer than 8 steps, of more above 64 dimensions in 6 steps and
+    more), interpolated over log-SNR (in few steps by polynomials that end between the scales of the data, as those of adams), on a grid
+    that is the more even the more steps it has. Two steps are too long to correct the first. For an exact eps, adams is closer.
     """
     s, wide = steps.sigma_data, 1.0 if few(steps.num) else _relative_radius(min(steps.event_size, MOST)) ** 0.4
     scale = min(3.0, max(1.0, 0.5 * steps.num - 1)) * wide * s
@@ -180,8 +182,8 @@ def adams_3(steps: Steps) -> Table:
 def adams_4(steps: Steps) -> Table:
     """Multistep predictor and corrector for w over log sigma between the data's scales: for many steps and small errors.
 
-    Adams-Bashforth of order 4 predicts a step, Adams-Moulton of order 5 redoes it once its end has been evaluated for the
-    next (PEC). Orders rise from 1 at the start; the last step is not corrected. What a mean of the data explains is integrated exactly, as far as the
+    Adams-Bashforth of order 4 predicts a step, Adams-Moulton of order 5 redoes it once its end has been evaluated for the next (PEC).
+    Orders rise from 1 at the start; the last step is not corrected. What a mean of the data explains is integrated exactly, as far as the
     first evaluation is trusted (`spaces.centred`). Needs the data's standard deviation s, roughly.
     """
     return _adams(steps, orders(steps.num, 4))
@@ -232,9 +234,7 @@ def dpmpp_3s(steps: Steps) -> Table:
     # The integrals of the slope: alpha ((e^-h - 1) / h + 1) for a step of length h.
     bend = 2 * (two_thirds[1] - q / (2 / 3 * h))
     slope = 1.5 * (steps.alpha[1:] - e / h)
-    return _singlestep(
-        steps, [one_third, two_thirds], [(a, [p]), (b, [q - bend, bend]), (end, [e - slope, 0.0, slope])]
-    )
+    return _singlestep(steps, [one_third, two_thirds], [(a, [p]), (b, [q - bend, bend]), (end, [e - slope, 0.0, slope])])
 
 
 def _fractions(steps, *fractions):
@@ -337,8 +337,8 @@ _LONGEST = math.log(8.0)
 def heun_step(steps: Steps, t, alpha, sigma, h):
     """The arguments of `one_step` for a step of Heun's method from times t, h away from the end in log(alpha / sigma)."""
     alpha_s, sigma_s = steps.alpha[1:], steps.sigma[1:]
-    # Not from zero SNR, nor in long steps from above the data's scale, where an error of x0_hat at the end counts by the ratio of the step's two
-    # sigma / alpha: these are DDIM's, written by x0, which leaves no difference of large numbers.
+    # Not from zero SNR, nor in long steps from above the data's scale, where an error of x0_hat at the end counts by the ratio of the
+    # step's two sigma / alpha: these are DDIM's, written by x0, which leaves no difference of large numbers.
     whole = (alpha > 0) & ((h < _LONGEST) | (sigma < alpha * steps.sigma_data))
     # alpha_s times the step in sigma / alpha.
     length = sigma_s * -jnp.expm1(jnp.where(whole, h, 0.0))
@@ -390,14 +390,14 @@ def sample_ode(
       score_fn: `(x (B, *event), t (B,)) -> (B, *event)`; see `as_score` for networks.
       key: a random key, of the prior sample; with `init` nothing depends on it.
       shape: `(B, *event)`.
-      method: a name that `sd.solvers()` lists, a solver of `fit_solver`, or a function from `Steps` to a `Table`
-        (`samplers.linear` has an example), whose grid is "student". The default, of one evaluation a step, suits every number of them: "adams_eps" where the
-        score function says that its network predicts eps or the score (`as_score`), else "adams".
+      method: a name that `sd.solvers()` lists, a solver of `fit_solver`, or a function from `Steps` to a `Table` (`samplers.linear` has an
+        example), whose grid is "student". The default, of one evaluation a step, suits every number of them: "adams_eps" where the score
+        function says that its network predicts eps or the score (`as_score`), else "adams".
       num_steps: steps of the grid, 18 by default. Evaluations: num_steps times those of a step, and one more for
         `denoise`.
-      grid: "ahead" (the default of adams), "near" (the same with the first evaluation at the prior), "wide" (of adams_eps), "tapered" (of adams_2 to 4), "student" (of
-        most others), "edm", "log_snr", "uniform" or "quadratic" (see `time_grid`), or an array of decreasing times, instead of num_steps and t_end: other values do not recompile, and traced
-        ones are not checked.
+      grid: "ahead" (the default of adams), "near" (the same with the first evaluation at the prior), "wide" (of adams_eps), "tapered" (of
+        adams_2 to 4), "student" (of most others), "edm", "log_snr", "uniform" or "quadratic" (see `time_grid`), or an array of decreasing
+        times, instead of num_steps and t_end: other values do not recompile, and traced ones are not checked.
       t_end: where the grid stops, in [t_train, t_max); `sde.t_min` by default.
       init: the state at the first time `(B, *event)` instead of a prior draw.
       denoise: end with one posterior-mean step E[x_0 | x_{t_end}].

@@ -28,6 +28,7 @@ def langevin_norm(sde, t, gradient, noise, snr):
 
     For VP alg. 5 has one more factor, alpha_i = 1 - beta_i of its N levels, which tends to 1.
     """
+
     def mean_norm(a):
         return jnp.sqrt((a**2).reshape(a.shape[0], -1).sum(axis=1)).mean()
 

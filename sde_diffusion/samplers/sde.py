@@ -39,9 +39,7 @@ def euler_maruyama(steps: Steps) -> Table:
     t, length, tau = steps.time[:-1], -jnp.diff(steps.time), steps.noise_level
     variance = steps.sde.diffusion(t) ** 2 * length
     slope = -0.5 * (1 + tau**2) * variance / steps.sigma[:-1]
-    return one_step(
-        [t], _EPS, [(1 - length * derivative(steps.sde.log_alpha, t), [slope])], noise=tau * jnp.sqrt(variance)
-    )
+    return one_step([t], _EPS, [(1 - length * derivative(steps.sde.log_alpha, t), [slope])], noise=tau * jnp.sqrt(variance))
 
 
 @_register(order=1, evaluations=1, grid="uniform", zero_snr=False, source="arXiv:2011.13456 appendix E, eq. 46")

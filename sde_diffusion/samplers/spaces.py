@@ -27,8 +27,8 @@ class Space:
       points: u - u_i at the quadrature points of each step, `(N, G)`.
       weights: of the points, with the measure of the integral, `(N, G)`.
       noise: standard deviation of what each step adds, `(N,)`, or None.
-      origin: u - u_i where y is known to vanish, before the first time, `(N,)`, infinite where that may not count, or None: a node without an evaluation, as long as
-        the history is short.
+      origin: u - u_i where y is known to vanish, before the first time, `(N,)`, infinite where that may not count, or None: a node without
+        an evaluation, as long as the history is short.
     """
 
     x0: Float[Array, " times"]
@@ -100,11 +100,11 @@ def _log_ratio(share, ratio):
 def residual_space(steps: Steps, scale, fine, coarse) -> Space:
     """w of `residual` for the standard deviation `scale`, over log((q + fine) / (q + coarse)), q = sigma / alpha: the project's own.
 
-    With theta = arctan(q / scale), c = sqrt(alpha^2 scale^2 + sigma^2) and w = eps - sin(theta) x / c, the ODE is d(x / c) = w dtheta / cos(theta)
-    = w dzeta, zeta = asinh(tan theta). No linear part is left, w vanishes on N(0, scale^2 I), and its scale is that of the error of a network that
-    predicts eps. Between the scales `fine` and `coarse` (which may be 0 and infinite), where data has its structure, the variable is log(sigma / alpha), of which
-    grids take about equal steps. Data that is not centred makes w proportional to cos(theta) at high noise, where it is alpha / sigma, and below all
-    structure w is smooth in sigma: a polynomial follows both.
+    With theta = arctan(q / scale), c = sqrt(alpha^2 scale^2 + sigma^2) and w = eps - sin(theta) x / c, the ODE is
+    d(x / c) = w dtheta / cos(theta) = w dzeta, zeta = asinh(tan theta). No linear part is left, w vanishes on N(0, scale^2 I), and its scale is that of the error
+    of a network that predicts eps. Between the scales `fine` and `coarse` (which may be 0 and infinite), where data has its structure, the
+    variable is log(sigma / alpha), of which grids take about equal steps. Data that is not centred makes w proportional to cos(theta) at
+    high noise, where it is alpha / sigma, and below all structure w is smooth in sigma: a polynomial follows both.
     """
     # At zero SNR as at the one by which the steps count: what is kept would vanish there, and the first move with it.
     alpha = jnp.where(steps.alpha > 0, steps.alpha, steps.sigma * jnp.exp(steps.half_log_snr))
@@ -121,7 +121,7 @@ def residual_space(steps: Steps, scale, fine, coarse) -> Space:
         """Of q where zeta changes by that: two terms of one sign."""
         return up[times, None] * jnp.expm1(by) - down[times, None] * jnp.expm1(-by)
 
-    # How far the variable is, at the points and at the end of each step, from where the step begins. q there goes by the end, which is less.
+    # How far the variable is, at the points and at the end of each step, from where the step begins. q there goes by the lesser end.
     start, there = q[:-1, None], q[1:, None] + change(slice(1, None), along - length[:, None])
     share = change(slice(-1), along) / (start + fine) * ((1 - fine / coarse) / (1 + there / coarse))
     moved = _log_ratio(share, (there + fine) / (start + fine) * ((1 + start / coarse) / (1 + there / coarse)))
@@ -138,9 +138,9 @@ _SHORT = 3
 def with_origin(steps: Steps, space: Space, fine, coarse) -> Space:
     """A `residual_space` of these scales with a node that is known of old: w vanishes at infinite noise. The project's own.
 
-    So the first steps, whose history is short, are of one order more, which in the directions of the largest variances is most of the error. Only from within
-    ten times the data's radius s sqrt(D) (of 64 dimensions, where it has fewer): from further out these steps leave less, and of two nodes so close a network is
-    not exact enough to tell a slope.
+    So the first steps, whose history is short, are of one order more, which in the directions of the largest variances is most of the
+    error. Only from within ten times the data's radius s sqrt(D) (of 64 dimensions, where it has fewer): from further out these steps leave
+    less, and of two nodes so close a network is not exact enough to tell a slope.
     """
     q, length = jnp.exp(-steps.half_log_snr[0]), space.length
     near = q < 10 * steps.sigma_data * max(8.0, math.sqrt(steps.event_size))
@@ -156,9 +156,7 @@ def _weights(space: Space, nodes: Float[Array, "steps nodes"], known) -> Float[A
     # (u - u_m) / (u_j - u_m) for step, j, m, point; 1 where it does not count.
     other = known[:, None, :] & known[:, :, None] & ~np.eye(nodes.shape[1], dtype=bool)[None]
     apart = jnp.where(other, nodes[:, :, None] - nodes[:, None, :], 1.0)
-    factors = jnp.where(
-        other[..., None], (space.points[:, None, None, :] - nodes[:, None, :, None]) / apart[..., None], 1.0
-    )
+    factors = jnp.where(other[..., None], (space.points[:, None, None, :] - nodes[:, None, :, None]) / apart[..., None], 1.0)
     return jnp.where(known, (space.weights[:, None, :] * factors.prod(axis=2)).sum(axis=2), 0.0)
 
 
@@ -243,14 +241,14 @@ def multistep(
 
 
 def centred(steps: Steps, table: Table, scale) -> Table:
-    """A solver in a `residual_space` of this scale s that also integrates what the first evaluation tells of the data's mean: the project's own.
+    """A solver in a `residual_space` of this scale s that also integrates what the first evaluation tells of the mean: the project's own.
 
-    For N(m, s^2 I), whatever m, w is proportional to g = sin(theta) cos(theta), whose integral over zeta is known. So of every w
-    the first one's g / g_0 is left to that integral, and only the rest is interpolated: with weight one the solver is exact for N(m, s^2 I),
-    and where the data and the start are moved, the samples move with them.
+    For N(m, s^2 I), whatever m, w is proportional to g = sin(theta) cos(theta), whose integral over zeta is known. So of every w the first
+    one's g / g_0 is left to that integral, and only the rest is interpolated: with weight one the solver is exact for N(m, s^2 I), and
+    where the data and the start are moved, the samples move with them.
 
-    An error of eps_hat counts 1 / cos(theta_0) times in such a mean. Hence the weight 1 / (1 + (0.002 / cos(theta_0))^2): for data of
-    s = 1/2 0.73 under `VP()`, 0.96 under `VE()`, next to nothing close to zero SNR, but one at zero SNR, from which no network predicts eps.
+    An error of eps_hat counts 1 / cos(theta_0) times in such a mean. Hence the weight 1 / (1 + (0.002 / cos(theta_0))^2): for data
+    of s = 1/2 0.73 under `VP()`, 0.96 under `VE()`, next to nothing close to zero SNR, but one at zero SNR, from which no network predicts eps.
     """
     share, whole = _told(steps, scale, 0)
     return dataclasses.replace(table, first=whole - (table.history * _before(share, table.history.shape[1])).sum(axis=1))
@@ -259,9 +257,10 @@ def centred(steps: Steps, table: Table, scale) -> Table:
 def ahead(steps: Steps, table: Table, scale) -> Table:
     """As `centred`, without the evaluation at the first time, which tells next to nothing but the mean; one row less: the project's own.
 
-    The state is scaled to the second time, as for N(0, s^2 I), and evaluated there. What that tells of the mean, y_1, stands for the first time's
-    evaluation too, as weight g_0 / g_1 y_1; of the rest nothing is known there. With weight one exact for N(m, s^2 I) too: w is the same at every x. Where a direction of the data has a variance v of
-    its own, the state evaluated is off by the share alpha^2 (v - s^2) / (2 sigma^2) of it: for few steps, from where sigma is many times alpha s.
+    The state is scaled to the second time, as for N(0, s^2 I), and evaluated there. What that tells of the mean, y_1, stands for the first
+    time's evaluation too, as weight g_0 / g_1 y_1; of the rest nothing is known there. With weight one exact for N(m, s^2 I) too: w is the
+    same at every x. Where a direction of the data has a variance v of its own, the state evaluated is off by the share alpha^2 (v - s^2) /
+    (2 sigma^2) of it: for few steps, from where sigma is many times alpha s.
     """
     share, whole = _told(steps, scale, 1)
     # Nothing of the first time.
@@ -274,12 +273,14 @@ def ahead(steps: Steps, table: Table, scale) -> Table:
 
 
 def _told(steps: Steps, scale, at: int):
-    """Of the evaluation at one time of the grid: the share of each w that its mean explains, and the integral of that over each step, `(N,)` each."""
+    """Of the evaluation at one time: the share of each w that its mean explains, and the integral of that over each step, `(N,)`."""
     tan = jnp.exp(-steps.half_log_snr) / scale  # of theta: sinh(zeta)
     cosh = jnp.hypot(1.0, tan)  # 1 / cos(theta)
     weight = jnp.where(steps.alpha[at] > 0, 1 / (1 + (_EPS_ERROR * cosh[at]) ** 2), 1.0)
     trusted = weight * cosh[at] * (cosh[at] / tan[at])
-    falls = tan[:-1] * jnp.expm1(-steps.h) * ((tan[1:] + tan[:-1]) / (cosh[1:] + cosh[:-1]))  # of cosh, without a difference of large numbers
+    falls = (
+        tan[:-1] * jnp.expm1(-steps.h) * ((tan[1:] + tan[:-1]) / (cosh[1:] + cosh[:-1]))
+    )  # of cosh, without a difference of large numbers
     c = jnp.hypot(steps.alpha[1:] * scale, steps.sigma[1:])
     return trusted * (tan[:-1] / cosh[:-1]) / cosh[:-1], trusted * (falls / cosh[1:] / cosh[:-1]) * c
 
