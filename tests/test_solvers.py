@@ -608,12 +608,12 @@ def test_a_step_that_is_redone_integrates_one_power_more(x64):
                 assert (abs(found / exact - 1) < 1e-7) == (power <= degree)
 
 
-@pytest.mark.parametrize(("within", "num_steps"), [(False, 20), (True, 20), (True, 30)])
-def test_steps_redone_by_later_evaluations_halve_the_error_of_smooth_scores(within, num_steps, monkeypatch):
-    """N(m, C) in two dimensions with variances above and below sigma_data, where the flow is known; the rule with and without."""
-    sde, variance, mean = SDES["ve"], np.array([0.6, 0.02]), np.array([0.3, -0.5])
+@pytest.mark.parametrize(("within", "num_steps", "size"), [(False, 20, 2), (True, 20, 2), (True, 30, 2), (True, 20, 128), (True, 20, 129)])
+def test_steps_redone_by_later_evaluations_halve_the_error_of_smooth_scores(within, num_steps, size, monkeypatch):
+    """N(m, C) with variances above and below sigma_data, where the flow is known; the rule with and without, which more dimensions have."""
+    sde, variance, mean = SDES["ve"], np.geomspace(0.6, 0.02, size), np.linspace(0.3, -0.5, size)
     gaussian = sd.GaussianMixture.gaussian(mean, np.diag(variance))
-    start = np.asarray(sde.prior_sample(jax.random.key(0), (64, 2)))
+    start = np.asarray(sde.prior_sample(jax.random.key(0), (64, size)))
     first, last = (float(sde.sigma(t)) ** 2 + variance for t in (sde.t_max, sde.t_min))
     exact = mean + np.sqrt(last / first) * (start - mean)
 
@@ -630,7 +630,7 @@ def test_steps_redone_by_later_evaluations_halve_the_error_of_smooth_scores(with
 
     redone = error()
     monkeypatch.setattr(ode, "_SMOOTH", 1)  # dimensions up to which they are
-    assert redone < 0.5 * error()
+    assert redone < 0.5 * error() if size <= 128 else redone == error()
 
 
 def test_a_grid_whose_first_step_is_many_times_the_others_does_not_diverge():

@@ -27,7 +27,7 @@ _ADAMS = dict(evaluations=1, grid="tapered")
 # Evaluations from which fewer of the last steps of `adams` are of low order (`_between_orders`).
 _MANY = 15
 # Dimensions up to which the steps of so many evaluations are redone a second time: in more, the coarsest directions lose by it.
-_SMOOTH = 64
+_SMOOTH = 128
 
 
 def _relative_radius(size):
@@ -127,9 +127,9 @@ def adams(steps: Steps) -> Table:
     the two before of orders 3 and 2: they are long beside the finest structure of the data, and the network's own error outweighs what
     higher orders gain. The order, 3, is that of what the last step, which is not corrected, leaves in many steps.
 
-    From 15 evaluations on in up to 64 dimensions, the corrector redoes each step but the last two once more, by the evaluation at the end
-    of the next, unless that is less than an eighth as long. That gains on the rule's own grid, in few dimensions the most; beyond 64 the
-    coarsest directions, where the first steps err, lose by it. On other grids it can lose.
+    From 15 evaluations on in up to 128 dimensions, the corrector redoes each step but the last two once more, by the evaluation at the end
+    of the next, unless that is less than an eighth as long. That gains on the rule's own grid, in few dimensions the most; in more than
+    128 the coarsest directions, where the first steps err, lose by it. On other grids it can lose.
 
     In 2 to 20 steps (but 6 in more than 3,072 dimensions, and 7 and 8 in more than 1,536) from noise, the first evaluation is within the
     first step instead of at its beginning, where it would tell the mean of the data and little else (`spaces.ahead`). Noise is sigma > 14
