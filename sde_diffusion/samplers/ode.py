@@ -26,8 +26,11 @@ METHODS: dict[str, Solver] = {}
 _ADAMS = dict(evaluations=1, grid="tapered")
 # Evaluations from which fewer of the last steps of `adams` are of low order (`_between_orders`).
 _MANY = 15
-# Dimensions up to which the steps of so many evaluations are redone a second time: in more, the coarsest directions lose by it.
-_SMOOTH = 128
+
+
+def _redone_again(evaluations, size):
+    """Whether every step but the last two is redone a second time: in more dimensions the coarsest directions lose by it."""
+    return evaluations >= _MANY and size <= (128 if evaluations <= 20 else 64)
 
 
 def _relative_radius(size):
@@ -69,9 +72,10 @@ def _adams(steps, order):
     return centred(steps, multistep(steps, space, adams_bashforth(space, order), adams_moulton(space, order)), scales[0])
 
 
-def _between_orders(steps, scales, corrected=True, many=False, origin=False):
-    """many: enough evaluations for the last steps to be short, of which two then are of order 2, not three, and of that alone; and for
-    steps to be redone a second time. origin: see `spaces.with_origin`."""
+def _between_orders(steps, scales, corrected=True, evaluations=0, origin=False):
+    """evaluations: of `adams`. From `_MANY` on the last steps are short: two are then of order 2, not three, and of that alone; and steps are
+    redone a second time. origin: see `spaces.with_origin`."""
+    many = evaluations >= _MANY
     left = steps.num - np.arange(steps.num)
     order = np.minimum(orders(steps.num, 4), 1 + (left + 1) // 2 if many else np.maximum(2, left - 1))
     space = residual_space(steps, *scales)
@@ -80,20 +84,20 @@ def _between_orders(steps, scales, corrected=True, many=False, origin=False):
     high, low = adams_bashforth(space, order), adams_bashforth(space, np.maximum(order - 1, 1))
     share = jnp.where(many & (left <= 2), 1.0, 0.75)[:, None].astype(high.dtype)
     explicit = share * high + (1 - share) * jnp.pad(low, ((0, 0), (0, high.shape[1] - low.shape[1])))
-    later = adams_moulton(space, order, later=True) if many and steps.event_size <= _SMOOTH else None
+    later = adams_moulton(space, order, later=True) if _redone_again(evaluations, steps.event_size) else None
     return multistep(steps, space, explicit, adams_moulton(space, order) if corrected else None, later)
 
 
 def from_the_prior(steps: Steps) -> Table:
     """The rule of `adams` with an evaluation at the first time, as in many steps."""
     scales = _near_scales(steps)
-    return centred(steps, _between_orders(steps, scales, many=steps.num >= _MANY, origin=True), scales[0])
+    return centred(steps, _between_orders(steps, scales, evaluations=steps.num, origin=True), scales[0])
 
 
 def from_within(steps: Steps) -> Table:
     """The rule of `adams` without an evaluation at the first time, as in few steps; one row less."""
     scales = _scales(steps, steps.num - 1)
-    return ahead(steps, _between_orders(steps, scales, many=steps.num - 1 >= _MANY), scales[0])
+    return ahead(steps, _between_orders(steps, scales, evaluations=steps.num - 1), scales[0])
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -127,9 +131,9 @@ def adams(steps: Steps) -> Table:
     the two before of orders 3 and 2: they are long beside the finest structure of the data, and the network's own error outweighs what
     higher orders gain. The order, 3, is that of what the last step, which is not corrected, leaves in many steps.
 
-    From 15 evaluations on in up to 128 dimensions, the corrector redoes each step but the last two once more, by the evaluation at the end
-    of the next, unless that is less than an eighth as long. That gains on the rule's own grid, in few dimensions the most; in more than
-    128 the coarsest directions, where the first steps err, lose by it. On other grids it can lose.
+    From 15 evaluations on in up to 64 dimensions, and from 15 to 20 in up to 128, the corrector redoes each step but the last two once
+    more, by the evaluation at the end of the next, unless that is less than an eighth as long. That gains on the rule's own grid, in few
+    dimensions the most; in more the coarsest directions, where the first steps err, lose by it. On other grids it can lose.
 
     In 2 to 20 steps (but 6 in more than 3,072 dimensions, and 7 and 8 in more than 1,536) from noise, the first evaluation is within the
     first step instead of at its beginning, where it would tell the mean of the data and little else (`spaces.ahead`). Noise is sigma > 14
