@@ -1,7 +1,7 @@
 """Every solver's error over its number of network evaluations, on problems whose solutions are known.
 
-    python -m experiments.solvers [--bench=FOLDER] [--out=FOLDER] [--learned] [--mixtures=N] [--fields=N] [--first=100] [--plane] [--tables]
-    [--images] [--large] [--states=256]
+    python -m experiments.solvers [--bench=FOLDER] [--out=FOLDER] [--learned] [--mixtures=N] [--sdes] [--fields=N] [--first=100] [--plane]
+    [--tables] [--images] [--large] [--states=256]
 
 The main problem is a 10-component Gaussian mixture in 64 dimensions, fitted to the handwritten digits, under VE noise from 80 to
 0.002; the error is the root-mean-square distance of the end points to those of the exact flow. With --bench the mixture, the
@@ -10,11 +10,11 @@ mixture is fitted by scikit-learn, and an 8th-order adaptive solver gives the en
 (torch, diffusers), diffusers' solvers run on the same states.
 
 Other problems instead (with --bench: as well), for the default solver, and with --learned fitted ones, beside the best of diffusers': with
---mixtures N random mixtures in 2 to 128 dimensions under VE and VP noise, of seeds from --first on; with --fields N mixtures whose
-variances fall by a power of the frequency, as those of photographs do; with --plane small tight clusters in one and two dimensions; with
---tables mixtures fitted to the data sets inside scikit-learn; with --images mixtures fitted to MNIST and CIFAR-10, which TensorFlow
-Datasets has to hold; with --large Gaussians in the dimensions of large images. Prints tables, writes solvers.json, and of the main problem
-solvers.png, to --out.
+--mixtures N random mixtures in 2 to 128 dimensions under VE and VP noise, with --sdes under other SDEs, of seeds from --first on; with
+--fields N mixtures whose variances fall by a power of the frequency, as those of photographs do; with --plane small tight clusters in one
+and two dimensions; with --tables mixtures fitted to the data sets inside scikit-learn; with --images mixtures fitted to MNIST and CIFAR-10,
+which TensorFlow Datasets has to hold; with --large Gaussians in the dimensions of large images. Prints tables, writes solvers.json, and of
+the main problem solvers.png, to --out.
 """
 
 import argparse
@@ -129,8 +129,8 @@ def tables(num: int = 256):
         yield solve(name, sde, fit.weights_, fit.means_, fit.covariances_, start)
 
 
-def random_mixture(seed: int, num: int = 256) -> Problem:
-    """A random problem of `num` states: 2 to 128 dimensions, 1 to 20 components, power-law spectra, VE and VP."""
+def random_mixture(seed: int, num: int = 256, others: bool = False) -> Problem:
+    """A random problem of `num` states: 2 to 128 dimensions, 1 to 20 components, power-law spectra, under VE and VP or other SDEs."""
     rng = np.random.default_rng(seed)
     dim, components = int(rng.choice([2, 4, 8, 16, 32, 64, 128])), int(rng.choice([1, 2, 3, 5, 10, 20]))
     decay, inside, scale = rng.uniform(0, 2), rng.uniform(0.05, 0.8), np.exp(rng.uniform(-1, 0.5))
@@ -141,7 +141,8 @@ def random_mixture(seed: int, num: int = 256) -> Problem:
     covariances = scale**2 * np.einsum("kij,kj,klj->kil", bases, sizes * spectrum + 1e-4, bases)
     means = scale * np.sqrt(1 - inside) * rng.standard_normal((components, dim))
     weights = rng.dirichlet(np.full(components, 3.0))
-    sde = [ve(), ve(0.01, 50.0), sd.VP()][int(rng.integers(3))]
+    sdes = [sd.SubVP(), sd.CosineVP(), sd.LinearLogSNR(), sd.VP(beta_max=10.0)] if others else [ve(), ve(0.01, 50.0), sd.VP()]
+    sde = sdes[int(rng.integers(len(sdes)))]
     start = np.asarray(sde.prior_sample(jax.random.key(seed), (num, dim)), np.float64)
     name = f"{seed}: {components} in {dim}d, {type(sde).__name__}"
     return solve(name, sde, weights, means, covariances, start)
@@ -436,6 +437,7 @@ def main():
     parser.add_argument("--learned", action="store_true", help="also fit solvers, a minute or two each")
     others = parser.add_argument_group("problems instead of the digits (with --bench: as well); they need the extra bench")
     others.add_argument("--mixtures", type=int, default=0, help="this many random mixtures")
+    others.add_argument("--sdes", action="store_true", help="under sub-VP, cosine, linear log-SNR and a slower VP, not VE and VP")
     others.add_argument("--fields", type=int, default=0, help="this many mixtures with the spectra of photographs")
     others.add_argument("--first", type=int, default=100, help="seed of the first of each of these")
     others.add_argument("--plane", action="store_true", help="clusters in one and two dimensions")
@@ -453,7 +455,7 @@ def main():
     options = parser.parse_args()
     few = min(options.states, 64)
     kinds = {
-        "mixtures": (random_mixture(seed, options.states) for seed in range(options.first, options.first + options.mixtures)),
+        "mixtures": (random_mixture(seed, options.states, options.sdes) for seed in range(options.first, options.first + options.mixtures)),
         "fields": (random_field(seed, few) for seed in range(options.first, options.first + options.fields)),
         "plane": clusters_in_the_plane(options.states), "tables": tables(options.states), "images": images(few), "large": large(),
     }  # fmt: skip
