@@ -215,7 +215,7 @@ class Independent:
 
 
 def large(num: int = 4):
-    """Problems of `num` states: Gaussians in the dimensions of large images, whose variances fall as a power, as photographs' do."""
+    """Problems of `num` states: Gaussians in the dimensions of large images, whose variances fall as a power of their rank, as photographs' do."""
     for size, power, sde in itertools.product((64, 128, 256), (1.0, 1.5), (sd.VE(), sd.VP())):
         variance = np.arange(1.0, 3 * size**2 + 1) ** -power
         gaussian = Independent((0.25 / variance.mean() * variance).astype(np.float32))
@@ -437,7 +437,9 @@ def main():
     parser.add_argument("--learned", action="store_true", help="also fit solvers, a minute or two each")
     others = parser.add_argument_group("problems instead of the digits (with --bench: as well); they need the extra bench")
     others.add_argument("--mixtures", type=int, default=0, help="this many random mixtures")
-    others.add_argument("--sdes", action="store_true", help="under sub-VP, cosine, linear log-SNR and a slower VP, not VE and VP")
+    others.add_argument(
+        "--sdes", action="store_true", help="the random mixtures under sub-VP, cosine, linear log-SNR and a slower VP, not VE and VP"
+    )
     others.add_argument("--fields", type=int, default=0, help="this many mixtures with the spectra of photographs")
     others.add_argument("--first", type=int, default=100, help="seed of the first of each of these")
     others.add_argument("--plane", action="store_true", help="clusters in one and two dimensions")

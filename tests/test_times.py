@@ -93,7 +93,7 @@ def test_adaptive_times_follow_the_root_mean_square_of_the_loss():
 
 
 def test_adaptive_times_reach_the_least_variance():
-    """At independent times the variance is (int rms dlambda)^2 - mean^2 at best, known here by quadrature; the floor costs 1 / 0.95."""
+    """At independent times the variance is (int rms dlambda)^2 - mean^2 at best, known here by quadrature; the floor costs 1 / 0.95 at most."""
     sde = sd.LinearLogSNR(log_snr_max=8.0, log_snr_min=-8.0)
 
     def size(t):

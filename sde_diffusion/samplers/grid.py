@@ -132,7 +132,8 @@ def _near(sde, t0, t1, u, s, size):
 
 
 def _wide(sde, t0, t1, u, s, size):
-    # What a network that predicts eps tells at high noise is its own, whose flow has structure at every log-SNR: the more even.
+    # What a network that predicts eps tells at high noise is its own, whose flow has structure at every log-SNR:
+    # the more steps, the more even.
     num = len(u) - 1
     return _student(
         sde, t0, t1, _taper(u, 0.3, 0.5), s, size, _quantiles(jnp.log(0.65 * size**0.375 * s), 2.5 + 0.15 * num, 1.8 + 0.09 * num)

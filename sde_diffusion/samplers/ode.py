@@ -29,7 +29,8 @@ _MANY = 15
 
 
 def _redone_again(evaluations, size):
-    """Whether every step but the last two is redone a second time: in more dimensions the coarsest directions lose by it."""
+    """Whether every step but the last two is redone a second time: in more dimensions the coarsest directions lose by it,
+    in 65 to 128 from about 25 evaluations on."""
     return evaluations >= _MANY and size <= (128 if evaluations <= 20 else 64)
 
 
@@ -58,7 +59,7 @@ def _scales(steps, num=None):
 
 
 def _near_scales(steps):
-    """As `_scales`; where the data's are out of reach, from above its standard deviation on, the wider the more evaluations."""
+    """As `_scales`; where the data's are out of reach they begin above its standard deviation, further apart with every evaluation."""
     if not out_of_reach(steps.num, steps.event_size):
         return _scales(steps)
     s, further = steps.sigma_data, reach(steps.num)
@@ -73,8 +74,8 @@ def _adams(steps, order):
 
 
 def _between_orders(steps, scales, corrected=True, evaluations=0, origin=False):
-    """evaluations: of `adams`. From `_MANY` on the last steps are short: two are then of order 2, not three, and of that alone; and steps are
-    redone a second time. origin: see `spaces.with_origin`."""
+    """evaluations: of `adams`. From `_MANY` on the last steps are short: two are then of order 2, not three, and of that alone;
+    and in few dimensions steps are redone a second time (`_redone_again`). origin: see `spaces.with_origin`."""
     many = evaluations >= _MANY
     left = steps.num - np.arange(steps.num)
     order = np.minimum(orders(steps.num, 4), 1 + (left + 1) // 2 if many else np.maximum(2, left - 1))
@@ -133,7 +134,8 @@ def adams(steps: Steps) -> Table:
 
     From 15 evaluations on in up to 64 dimensions, and from 15 to 20 in up to 128, the corrector redoes each step but the last two once
     more, by the evaluation at the end of the next, unless that is less than an eighth as long. That gains on the rule's own grid, in few
-    dimensions the most; in more the coarsest directions, where the first steps err, lose by it. On other grids it can lose.
+    dimensions the most; in more the coarsest directions, where the first steps err, lose by it. On other grids it can lose;
+    and where a step is many times as long as those before it, the predictor diverges.
 
     In 2 to 20 steps (but 6 in more than 3,072 dimensions, and 7 and 8 in more than 1,536) from noise, the first evaluation is within the
     first step instead of at its beginning, where it would tell the mean of the data and little else (`spaces.ahead`). Noise is sigma > 14

@@ -101,8 +101,8 @@ def residual_space(steps: Steps, scale, fine, coarse) -> Space:
     """w of `residual` for the standard deviation `scale`, over log((q + fine) / (q + coarse)), q = sigma / alpha: the project's own.
 
     With theta = arctan(q / scale), c = sqrt(alpha^2 scale^2 + sigma^2) and w = eps - sin(theta) x / c, the ODE is
-    d(x / c) = w dtheta / cos(theta) = w dzeta, zeta = asinh(tan theta). No linear part is left, w vanishes on N(0, scale^2 I), and its scale is that of the error
-    of a network that predicts eps. Between the scales `fine` and `coarse` (which may be 0 and infinite), where data has its structure, the
+    d(x / c) = w dtheta / cos(theta) = w dzeta, zeta = asinh(tan theta). No linear part is left, w vanishes on N(0, scale^2 I),
+    and its scale is that of the error of a network that predicts eps. Between the scales `fine` and `coarse` (which may be 0 and infinite), where data has its structure, the
     variable is log(sigma / alpha), of which grids take about equal steps. Data that is not centred makes w proportional to cos(theta) at
     high noise, where it is alpha / sigma, and below all structure w is smooth in sigma: a polynomial follows both.
     """
@@ -129,7 +129,7 @@ def residual_space(steps: Steps, scale, fine, coarse) -> Space:
 
 
 # A step this many times as long as the next is not redone by the end of that: of two nodes so close the slope is their errors'. On
-# grids by name none is more than three times as long.
+# grids by name, under usual SDEs, none is more than three times as long; from next to no SNR the first is, where it no longer matters.
 _CLOSE = 8
 # Steps that count the origin, unless they are the last: after them the history of order 4 is full.
 _SHORT = 3
@@ -248,7 +248,8 @@ def centred(steps: Steps, table: Table, scale) -> Table:
     where the data and the start are moved, the samples move with them.
 
     An error of eps_hat counts 1 / cos(theta_0) times in such a mean. Hence the weight 1 / (1 + (0.002 / cos(theta_0))^2): for data
-    of s = 1/2 0.73 under `VP()`, 0.96 under `VE()`, next to nothing close to zero SNR, but one at zero SNR, from which no network predicts eps.
+    of s = 1/2 0.73 under `VP()`, 0.96 under `VE()`, next to nothing close to zero SNR, but one at zero SNR, from which no
+    network predicts eps.
     """
     share, whole = _told(steps, scale, 0)
     return dataclasses.replace(table, first=whole - (table.history * _before(share, table.history.shape[1])).sum(axis=1))
@@ -273,14 +274,13 @@ def ahead(steps: Steps, table: Table, scale) -> Table:
 
 
 def _told(steps: Steps, scale, at: int):
-    """Of the evaluation at one time: the share of each w that its mean explains, and the integral of that over each step, `(N,)`."""
+    """Of the evaluation at one time: the share of each w that its mean explains, and its integral over each step, `(N,)` each."""
     tan = jnp.exp(-steps.half_log_snr) / scale  # of theta: sinh(zeta)
     cosh = jnp.hypot(1.0, tan)  # 1 / cos(theta)
     weight = jnp.where(steps.alpha[at] > 0, 1 / (1 + (_EPS_ERROR * cosh[at]) ** 2), 1.0)
     trusted = weight * cosh[at] * (cosh[at] / tan[at])
-    falls = (
-        tan[:-1] * jnp.expm1(-steps.h) * ((tan[1:] + tan[:-1]) / (cosh[1:] + cosh[:-1]))
-    )  # of cosh, without a difference of large numbers
+    # Of cosh, without a difference of large numbers.
+    falls = tan[:-1] * jnp.expm1(-steps.h) * ((tan[1:] + tan[:-1]) / (cosh[1:] + cosh[:-1]))
     c = jnp.hypot(steps.alpha[1:] * scale, steps.sigma[1:])
     return trusted * (tan[:-1] / cosh[:-1]) / cosh[:-1], trusted * (falls / cosh[1:] / cosh[:-1]) * c
 
