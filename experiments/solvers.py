@@ -215,7 +215,7 @@ class Independent:
 
 
 def large(num: int = 4):
-    """Problems of `num` states: Gaussians in the dimensions of large images, whose variances fall as a power of their rank, as photographs' do."""
+    """Problems of `num` states: Gaussians in the dimensions of large images, whose variances fall by a power of their rank."""
     for size, power, sde in itertools.product((64, 128, 256), (1.0, 1.5), (sd.VE(), sd.VP())):
         variance = np.arange(1.0, 3 * size**2 + 1) ** -power
         gaussian = Independent((0.25 / variance.mean() * variance).astype(np.float32))
@@ -462,6 +462,8 @@ def main():
         "plane": clusters_in_the_plane(options.states), "tables": tables(options.states), "images": images(few), "large": large(),
     }  # fmt: skip
     asked = [kind for kind in kinds if getattr(options, kind) > 0]
+    if options.sdes and not options.mixtures:
+        parser.error("--sdes says under which SDEs the random mixtures are: give --mixtures=N with it")
     if asked and importlib.util.find_spec("diffusers") is None:
         parser.error(
             "--mixtures, --fields, --plane, --tables, --images and --large compare with diffusers, which is not installed: pip install -e '.[bench]'"

@@ -288,9 +288,8 @@ def test_in_few_steps_the_default_asks_nothing_of_the_prior(name, num_steps):
     score_fn.predict = predict
     for times in (sd.time_grid(sde, num_steps, "ahead"), sde.time(jnp.linspace(1.0, 9.0, num_steps + 1))):
         asked.clear()
-        path = sd.sample_ode(score_fn, sde, jax.random.key(0), (3, 2), init=jnp.ones((3, 2)), grid=times, denoise=False, return_path=True)[
-            1
-        ]
+        options = {"init": jnp.ones((3, 2)), "grid": times, "denoise": False, "return_path": True}
+        _, path = sd.sample_ode(score_fn, sde, jax.random.key(0), (3, 2), **options)
         jax.effects_barrier()
         assert path.shape[0] == num_steps + 1 and np.array_equal(path[0], jnp.ones((3, 2)))
         within = num_steps in (2, 5, 20) and times[0] == sde.t_max and (name, num_steps) != ("ve", 20)
@@ -612,7 +611,7 @@ def test_a_step_that_is_redone_integrates_one_power_more(x64):
     ("within", "num_steps", "size"), [(False, 20, 2), (True, 20, 2), (True, 30, 2), (True, 20, 128), (True, 20, 129), (False, 21, 65)]
 )
 def test_steps_redone_by_later_evaluations_halve_the_error_of_smooth_scores(within, num_steps, size, monkeypatch):
-    """N(m, C) with variances above and below sigma_data, where the flow is known; the rule with and without, which more dimensions have."""
+    """N(m, C) with variances above and below sigma_data, where the flow is known; the rule with and without; in more dimensions there is one."""
     sde, variance, mean = SDES["ve"], np.geomspace(0.6, 0.02, size), np.linspace(0.3, -0.5, size)
     gaussian = sd.GaussianMixture.gaussian(mean, np.diag(variance))
     start = np.asarray(sde.prior_sample(jax.random.key(0), (64, size)))

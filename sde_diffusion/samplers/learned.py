@@ -292,8 +292,8 @@ def _best(found) -> int:
 
 def _descend(family, score_fn, centre, data, held_out, key, max_updates):
     """Levenberg-Marquardt from the start of a family: after each update the held-out errors `(states,)` of the best solver so far, itself
-    as its table and times, and for how many updates there was no gain. The errors are those of
-    as many held-out states as the next update looks at, or of all."""
+    as its table and times, and for how many updates there was no gain. The errors are those of as many held-out states as
+    the next update looks at, or of all."""
     theta, unravel = ravel_pytree(family.start())
     sde, size = family.sde, data[0].shape[1]
     build = jax.jit(lambda theta: family.build(unravel(theta)))
