@@ -653,6 +653,28 @@ def test_a_grid_whose_first_step_is_many_times_the_others_does_not_diverge():
     assert adams < dpmpp_2m
 
 
+@pytest.mark.parametrize("method", ["adams", "adams_4", "adams_eps", "unipc_2", "unipc_3", "sa_solver"])
+@pytest.mark.parametrize("ratio", [0.2, 0.01])
+def test_further_times_just_before_those_of_a_grid_do_no_harm(method, ratio):
+    """`ratio` of a step before the end of every third: a step that counts one evaluation less is of one order less, and no more."""
+    sde, rng = SDES["ve"], np.random.default_rng(0)
+    mixture = sd.GaussianMixture(
+        [0.5, 0.3, 0.2], 0.7 * rng.standard_normal((3, 16)), np.stack([np.diag(0.3 * rng.uniform(0.1, 1, 16))] * 3)
+    )
+    score_fn, init = mixture.score_fn(sde), sde.prior_sample(jax.random.key(1), (64, 16))
+    grid = sd.time_grid(sde, 18, "tapered", event_size=16)
+    log_snr = sde.log_snr(grid)
+    more = sde.time(log_snr[3::3] - ratio * jnp.diff(log_snr)[2::3])
+    sampler = functools.partial(sd.sample_sde, noise_level=0.0) if method == "sa_solver" else sd.sample_ode
+    exact = sd.sample_ode(score_fn, sde, jax.random.key(0), init.shape, init=init, denoise=False, method="adams_4", num_steps=400)
+    once, again = (
+        sampler(score_fn, sde, jax.random.key(0), init.shape, init=init, denoise=False, method=method, grid=times)
+        for times in (grid, jnp.sort(jnp.concatenate([grid, more]), descending=True))
+    )
+    before, after = (float(jnp.sqrt(jnp.mean((x - exact) ** 2))) for x in (once, again))
+    assert after < 3 * before
+
+
 @pytest.mark.parametrize(
     ("process", "size", "power", "num_steps"),
     [*(("ve", 3 * 128**2, 1.0, n) for n in (5, 6, 8, 10, 15, 20)), ("vp", 3 * 64**2, 1.5, 8), ("vp", 3 * 64**2, 1.5, 10), ("vp", 3 * 128**2, 1.5, 15),

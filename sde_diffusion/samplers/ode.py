@@ -133,9 +133,9 @@ def adams(steps: Steps) -> Table:
     higher orders gain. The order, 3, is that of what the last step, which is not corrected, leaves in many steps.
 
     From 15 evaluations on in up to 64 dimensions, and from 15 to 20 in up to 128, the corrector redoes each step but the last two once
-    more, by the evaluation at the end of the next, unless that is less than an eighth as long. That gains on the rule's own grid, in few
-    dimensions the most; in more the coarsest directions, where the first steps err, lose by it. On other grids it can lose; and
-    where a step is many times as long as those before it, the predictor diverges.
+    more, by the evaluation at the end of the next. That gains on the rule's own grid, in few dimensions the most; in more the coarsest
+    directions, where the first steps err, lose by it. On other grids it can lose. Of evaluations closer together than an eighth of a step
+    one counts there (`spaces._distinct`): a grid may have further times anywhere.
 
     In 2 to 20 steps (but 6 in more than 3,072 dimensions, and 7 and 8 in more than 1,536) from noise, the first evaluation is within the
     first step instead of at its beginning, where it would tell the mean of the data and little else (`spaces.ahead`). Noise is sigma > 14
@@ -256,8 +256,8 @@ def _singlestep(steps, points, moves):
     return one_step(times, [(1.0, 0.0)] * len(times), moves)
 
 
-def _unipc(steps, order, space=None):
-    space, order = data_space(steps) if space is None else space, orders(steps.num, order, taper=15)
+def _unipc(steps, order):
+    space, order = data_space(steps, corrected=True), orders(steps.num, order, taper=15)
     explicit, implicit = adams_bashforth(space, order), adams_moulton(space, order)
     # With B(h) = e^h - 1 the paper replaces the solutions of the smallest systems by 1/2.
     if order.max() > 1:
@@ -282,7 +282,10 @@ def unipc_2(steps: Steps) -> Table:
 
 @register(METHODS, order=4, evaluations=1, min_steps=3, source="arXiv:2302.04867 alg. 1, 2 with B_2(h) = e^h - 1")
 def unipc_3(steps: Steps) -> Table:
-    """UniPC-3: predictor of order 3 and corrector of order 4 for x0 over log-SNR. Last steps of lower order below 15."""
+    """UniPC-3: predictor of order 3 and corrector of order 4 for x0 over log-SNR. Last steps of lower order below 15.
+
+    Evaluations closer together than an eighth of a step count as one, as in adams: by the paper's formula grids that have such diverge.
+    """
     return _unipc(steps, 3)
 
 

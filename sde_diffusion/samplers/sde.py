@@ -85,7 +85,7 @@ def sa_solver(steps: Steps) -> Table:
 
     Last steps of lower order below 40 steps; below 16 it predicts by the midpoint rule of sde_dpmpp_2m.
     """
-    space, order = data_space(steps), _orders(steps.num)
+    space, order = data_space(steps, corrected=True), _orders(steps.num)
     return multistep(steps, space, _predictor(space, order), adams_moulton(space, order))
 
 

@@ -29,6 +29,7 @@ class Space:
       noise: standard deviation of what each step adds, `(N,)`, or None.
       origin: u - u_i where y is known to vanish, before the first time, `(N,)`, infinite where that may not count, or None: a node without
         an evaluation, as long as the history is short.
+      h: steps in log(alpha / sigma), `(N,)`, for methods with a corrector: nodes that are too close do not count (`_distinct`). Or None.
     """
 
     x0: Float[Array, " times"]
@@ -39,6 +40,7 @@ class Space:
     weights: Float[Array, "steps points"]
     noise: Float[Array, " steps"] | None = None
     origin: Float[Array, " steps"] | None = None
+    h: Float[Array, " steps"] | None = None
 
 
 def _quadrature(length: Float[Array, " steps"]) -> tuple[Float[Array, "steps points"], Float[Array, "steps points"]]:
@@ -47,8 +49,8 @@ def _quadrature(length: Float[Array, " steps"]) -> tuple[Float[Array, "steps poi
     return (0.5 + nodes) * length[:, None], weights * length[:, None]
 
 
-def data_space(steps: Steps) -> Space:
-    """x0 over l = log(alpha / sigma), for any noise level (arXiv:2211.01095 eq. 8; arXiv:2309.05019 eq. 14).
+def data_space(steps: Steps, corrected: bool = False) -> Space:
+    """x0 over l = log(alpha / sigma), for any noise level (arXiv:2211.01095 eq. 8; arXiv:2309.05019 eq. 14); for a corrector, or not.
 
     x_s = sigma_s / sigma_t e^(-tau^2 h) x_t + alpha_s (1 + tau^2) int e^(-(1 + tau^2)(l_s - l)) x0 dl
     + sigma_s sqrt(1 - e^(-2 tau^2 h)) z.
@@ -63,7 +65,7 @@ def data_space(steps: Steps) -> Space:
         y = 2 * tau2 * h
         mean_decay = jnp.where(y > 0, -jnp.expm1(-y) / jnp.where(y > 0, y, 1.0), 1.0)
         noise = steps.sigma[1:] * steps.noise_level * jnp.sqrt(2 * h * mean_decay)
-    return Space(one, 0 * one, shrink * jnp.exp(-tau2 * h), h, points, weights * kernel, noise)
+    return Space(one, 0 * one, shrink * jnp.exp(-tau2 * h), h, points, weights * kernel, noise, h=h if corrected else None)
 
 
 def noise_space(steps: Steps) -> Space:
@@ -125,11 +127,10 @@ def residual_space(steps: Steps, scale, fine, coarse) -> Space:
     start, there = q[:-1, None], q[1:, None] + change(slice(1, None), along - length[:, None])
     share = change(slice(-1), along) / (start + fine) * ((1 - fine / coarse) / (1 + there / coarse))
     moved = _log_ratio(share, (there + fine) / (start + fine) * ((1 + start / coarse) / (1 + there / coarse)))
-    return Space(x0, eps, c[1:] / c[:-1], moved[:, -1], moved[:, :-1], weights * c[1:, None])
+    return Space(x0, eps, c[1:] / c[:-1], moved[:, -1], moved[:, :-1], weights * c[1:, None], h=steps.h)
 
 
-# A step this many times as long as the next is not redone by the end of that: of two nodes so close the slope is their errors'. On
-# grids by name, under usual SDEs, none is more than three times as long; from next to no SNR the first is, where it no longer matters.
+# In a step this many times as long as what lies between two nodes one of them does not count: the slope between these is their errors'.
 _CLOSE = 8
 # Steps that count the origin, unless they are the last: after them the history of order 4 is full.
 _SHORT = 3
@@ -170,10 +171,10 @@ def _interpolated(space: Space, nodes, known):
     return _weights(space, nodes, jnp.concatenate([known, counts[:, None]], axis=1))[:, :-1]
 
 
-def _nodes(space: Space, num: int) -> Float[Array, "steps num"]:
-    """u_{i - j} - u_i for j < num; what lies before the grid is not known, and masked by the caller."""
-    length = jnp.concatenate([jnp.zeros(num, space.length.dtype), space.length])
-    index = jnp.arange(space.length.shape[0])[:, None] + num - jnp.arange(1, num)[None]
+def _nodes(length: Float[Array, " steps"], num: int) -> Float[Array, "steps num"]:
+    """u_{i - j} - u_i for j < num, of these steps in u; what lies before the grid is not known, and masked by the caller."""
+    index = jnp.arange(len(length))[:, None] + num - jnp.arange(1, num)[None]
+    length = jnp.concatenate([jnp.zeros(num, length.dtype), length])
     return jnp.pad(-jnp.cumsum(length[index], axis=1), ((0, 0), (1, 0)))
 
 
@@ -184,29 +185,52 @@ def orders(num: int, order: int, taper: int = 0) -> np.ndarray:
     return np.minimum(np.minimum(order, i + 1), num - i if num < taper else order)
 
 
+def _distinct(space: Space, num: int):
+    """Which of the last `num` nodes count, `(N, num)`: those far enough, in the space's variable or in log-SNR, from the newer ones that do.
+
+    Grids by name, whose steps change slowly in one of these, lose none, but in the last step of a few. Arrays may: where the end of a
+    long step was predicted, then corrected, and is followed by a short step, the slope over that is the correction's, and a long step next
+    would multiply it.
+    """
+    if space.h is None:
+        return np.ones((len(space.length), num), bool)
+
+    def far(length):
+        newest, counts = 0.0, [np.ones(len(length), bool)]
+        for node in _nodes(length, num).T[1:]:
+            counts.append(jnp.abs(node - newest) >= jnp.abs(length) / _CLOSE)
+            newest = jnp.where(counts[-1], node, newest)
+        return jnp.stack(counts, axis=1)
+
+    return far(space.length) | far(space.h)
+
+
 def adams_bashforth(space: Space, order: np.ndarray) -> Float[Array, "steps order"]:
     """History factors of the explicit multistep method: y interpolated at the last `order` times, given for each step."""
     num = int(order.max())
-    return _interpolated(space, _nodes(space, num), np.arange(num)[None] < order[:, None])
+    return _interpolated(space, _nodes(space.length, num), (np.arange(num)[None] < order[:, None]) & _distinct(space, num))
 
 
 def adams_moulton(space: Space, order: np.ndarray, later: bool = False) -> Float[Array, "steps nodes"]:
     """History factors of the implicit one: y interpolated at the end of the step, which comes first, and at the last
-    `order` times. Of order `order` + 1. With `later` also at the end of the next step, before these, and of one order more; the
-    last row, which has no next, means nothing then."""
+    `order` times. Of order `order` + 1. With `later` also at the end of the next step, before these, unless that is far shorter,
+    and of one order more; the last row, which has no next, means nothing then."""
     num = int(order.max())
-    nodes = jnp.concatenate([space.length[:, None], _nodes(space, num)], axis=1)
+    nodes = jnp.concatenate([space.length[:, None], _nodes(space.length, num)], axis=1)
+    known = jnp.pad((np.arange(num)[None] < order[:, None]) & _distinct(space, num), ((0, 0), (1, 0)), constant_values=True)
     if later:
-        further = space.length + jnp.append(space.length[1:], 1.0)
-        nodes = jnp.concatenate([further[:, None], nodes], axis=1)
-    return _interpolated(space, nodes, np.arange(nodes.shape[1])[None] < order[:, None] + 1 + later)
+        following = jnp.append(space.length[1:], 1.0)
+        counts = jnp.abs(following) >= jnp.abs(space.length) / _CLOSE
+        nodes = jnp.concatenate([(space.length + following)[:, None], nodes], axis=1)
+        known = jnp.concatenate([counts[:, None], known], axis=1)
+    return _interpolated(space, nodes, known)
 
 
 def midpoint(space: Space, order: np.ndarray) -> Float[Array, "steps 2"]:
     """As `adams_bashforth` of order 2, with y taken half-way through the step: bounded where steps grow."""
     first = adams_bashforth(space, np.ones_like(order))[:, 0]
     slope = 0.5 * space.length[1:] / space.length[:-1]
-    slope = jnp.where(order == 2, jnp.pad(slope, (1, 0)), 0.0)
+    slope = jnp.where((order == 2) & _distinct(space, 2)[:, 1], jnp.pad(slope, (1, 0)), 0.0)
     return first[:, None] * jnp.stack([1 + slope, -slope], axis=1)
 
 
@@ -218,8 +242,7 @@ def multistep(
 
     The corrector costs no evaluation: y at the predicted end serves the correction and the next step (PEC). It moves
     the state by (implicit - explicit) y, which folds into the next row. By `late`, factors of `adams_moulton(later=True)`,
-    which need implicit ones, every step but the last two is redone again once the end of the next has been evaluated,
-    if that is not far shorter (`_CLOSE`).
+    which need implicit ones, every step but the last two is redone again once the end of the next has been evaluated.
     """
     history = explicit
     if implicit is not None:
@@ -233,9 +256,7 @@ def multistep(
         history = widen(explicit, 0) + space.factor[:, None] * jnp.pad(correction, ((1, 0), (0, 0)))
         if late is not None:
             # And, where it has two, the step before that.
-            length = jnp.abs(space.length)
-            close = length[1:-1] < length[:-2] / _CLOSE
-            again = jnp.where(close[:, None], 0.0, (widen(late, 0) - widen(implicit, 1))[:-2])
+            again = (widen(late, 0) - widen(implicit, 1))[:-2]
             history = history.at[2:].add((space.factor[1:-1] * space.factor[2:])[:, None] * again)
     return Table(steps.time[:-1], space.x0[:-1], space.eps[:-1], space.factor, history, noise=space.noise)
 
