@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from sde_diffusion.sde import SDE, Number, check, expand, known, pytree_dataclass, shown
+from sde_diffusion.sde import SDE, Number, check, expand, is_number, known, pytree_dataclass, shown
 
 # Each maps x, the network's output F and the per-example alpha, sigma to (x0, eps).
 PREDICTIONS: dict[str, Callable] = {
@@ -157,9 +158,8 @@ def zero_terminal_snr(sde: SDE, t=None) -> bool:
 
 def check_sigma_data(sigma_data) -> None:
     """Raises ValueError for what is no number, not positive or not finite; a traced one passes."""
-    number = np.ndim(sigma_data) == 0 and sigma_data is not None and not isinstance(sigma_data, (str, bool))
     check(
-        number and (sigma_data > 0) & (sigma_data < np.inf),
+        is_number(sigma_data) and (sigma_data > 0) & (sigma_data < np.inf),
         f"sigma_data={sigma_data!r} must be one number, positive and finite: the standard deviation of the data",
     )
 
@@ -168,13 +168,23 @@ def check_sde(sde, order: str = "score_fn, sde, key") -> None:
     """Raises ValueError where `sde` is no process."""
     example = f"an SDE, as sd.{sde.__name__}()" if isinstance(sde, type) else f"an SDE, as sd.VP(); the order of arguments is {order}"
     check(isinstance(sde, SDE), f"sde={shown(sde)} must be {example}")
+    fields, kind = getattr(sde, "__dataclass_fields__", {}), type(sde)
+    lost = [name for name in vars(sde) if name not in fields and not isinstance(getattr(kind, name, None), functools.cached_property)]
+    check(
+        not lost,
+        f"{kind.__name__} has {', '.join(lost)}, which would be lost under jax.jit: make it a field of a frozen dataclass (help(sd.sde))",
+    )
 
 
 def check_process(score_fn, sde) -> None:
-    """Raises ValueError where `sde` is no process, or a score function knows its own (`score_fn.sde`) and it is another."""
+    """Raises ValueError where `sde` is no process, or a score function is none or knows its own (`score_fn.sde`) and it is another."""
     check_sde(sde)
+    check(
+        (callable(score_fn) or hasattr(score_fn, "predict")) and not isinstance(score_fn, type),
+        f"score_fn={shown(score_fn)} must be a function (x (B, *event), t (B,)) -> (B, *event)",
+    )
     other = getattr(score_fn, "sde", None)
-    if isinstance(other, SDE) and known(*jax.tree.leaves((other, sde))):
+    if isinstance(other, SDE) and other is not sde and known(*jax.tree.leaves((other, sde))):
         with jax.ensure_compile_time_eval():
             t = jnp.linspace(0.1, 0.9, 5) * min(float(sde.t_max), float(other.t_max))
             same = all(jnp.allclose(f(t), g(t), rtol=1e-4, atol=1e-4) for f, g in

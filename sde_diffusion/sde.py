@@ -1,10 +1,23 @@
 """Forward processes: each is a pair of functions of time, x_t = alpha(t) x_0 + sigma(t) eps.
 
 Everything else (log-SNR, drift, diffusion, prior, inverse of the log-SNR) follows from the pair and lives in
-`SDE`. A new process is a frozen dataclass that defines `log_alpha` and `log_sigma`.
+`SDE`. A new process is a frozen dataclass that defines `log_alpha` and `log_sigma`:
+
+    @dataclasses.dataclass(frozen=True)
+    class Flow(sd.SDE):  # x_t = (1 - t) x_0 + t eps
+        t_min: float = 1e-3
+        t_max: float = 0.999
+        t_train: float = 1e-5
+
+        def log_alpha(self, t):
+            return jnp.log1p(-t)
+
+        def log_sigma(self, t):
+            return jnp.log(t)
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -20,32 +33,42 @@ Times = Num[Array, "*b"] | Num[np.ndarray, "*b"] | float | int
 Number = Any
 
 
-def pytree_dataclass(cls):
-    """Makes `cls` a frozen dataclass and a pytree; fields with `metadata={"static": True}` are not leaves.
+@functools.cache
+def _fields(cls) -> tuple[list[str], list[str]]:
+    """The fields that are leaves, and those that are not."""
+    fields = getattr(cls, "__dataclass_fields__", {}).values()
+    return [f.name for f in fields if not f.metadata.get("static")], [f.name for f in fields if f.metadata.get("static")]
+
+
+def _register(cls) -> None:
+    """Makes a class, which may become a dataclass only later, a pytree.
 
     Not by `jax.tree_util.register_dataclass`: to it (JAX 0.10 to 0.12) the structures of two classes with as many leaves
     are equal, and where their hashes meet as well, `jax.jit` runs the program compiled for the one with the other's numbers.
     """
-    cls = dataclasses.dataclass(frozen=True)(cls)
-    static = [f.name for f in dataclasses.fields(cls) if f.metadata.get("static")]
-    leaves = [f.name for f in dataclasses.fields(cls) if not f.metadata.get("static")]
-    keys = [jax.tree_util.GetAttrKey(name) for name in leaves]
 
     def flatten(self):
-        return [getattr(self, name) for name in leaves], tuple(getattr(self, name) for name in static)
+        return tuple([getattr(self, name) for name in names] for names in _fields(cls))
 
     def flatten_with_keys(self):
         children, fixed = flatten(self)
-        return list(zip(keys, children)), fixed
+        return [(jax.tree_util.GetAttrKey(name), child) for name, child in zip(_fields(cls)[0], children)], tuple(fixed)
 
     def unflatten(fixed, children):
         # Without __post_init__: JAX also puts placeholders, tracers and gradients in the leaves' places.
-        self = object.__new__(cls)
+        self, (leaves, static) = object.__new__(cls), _fields(cls)
         for name, value in (*zip(leaves, children), *zip(static, fixed)):
             object.__setattr__(self, name, value)
         return self
 
-    jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
+    jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, lambda self: (flatten(self)[0], tuple(flatten(self)[1])))
+
+
+def pytree_dataclass(cls):
+    """Makes `cls` a frozen dataclass and a pytree; fields with `metadata={"static": True}` are not leaves."""
+    cls = dataclasses.dataclass(frozen=True)(cls)
+    if not issubclass(cls, SDE):  # which is one already
+        _register(cls)
     return cls
 
 
@@ -73,6 +96,11 @@ def known(*values) -> bool:
         isinstance(v, (int, float, np.number)) or isinstance(v, (jax.Array, np.ndarray)) and not isinstance(v, jax.core.Tracer)
         for v in values
     )
+
+
+def is_number(value) -> bool:
+    """Whether a value is one number, traced or not."""
+    return np.ndim(value) == 0 and value is not None and not isinstance(value, (str, bool, np.bool_))
 
 
 def check(condition, message: str):
@@ -118,12 +146,16 @@ class SDE:
 
     Subclasses define `log_alpha(t)` and `log_sigma(t)`, elementwise in t of any shape. Three times bound every use:
     `t_max` (the prior), `t_min` (where samplers and likelihoods stop) and `t_train` (the shortest time that losses
-    draw). Inside `jax.jit` all fields are leaves: another beta_max does not recompile.
+    draw). Every subclass is a pytree whose leaves are its fields, as of a dataclass: in `jax.jit` another beta_max does not recompile.
     """
 
     t_min: Number
     t_max: Number
     t_train: Number
+
+    def __init_subclass__(cls, **options):
+        super().__init_subclass__(**options)
+        _register(cls)
 
     def __post_init__(self):
         if known(self.t_min, self.t_max, self.t_train):

@@ -107,8 +107,14 @@ def test_adaptive_steps_are_each_examples_own():
     both, one = run(init), run(init.at[1:].mul(0.1))
     np.testing.assert_array_equal(both.samples[0], one.samples[0])
     assert both.evaluations[0] == one.evaluations[0] and len(set(np.asarray(both.evaluations))) > 1
-    few = sd.sample_adaptive(oracle.score_fn(sde), sde, jax.random.key(0), (8, 2), init=init, max_steps=3)
-    assert not few.success.any() and np.isnan(few.samples).all()
+
+
+def test_a_failed_example_is_nan_and_its_gradient_too():
+    sde, oracle = SDES["ve"], mixture()
+    init = sde.prior_sample(jax.random.key(0), (8, 2))
+    run = lambda init: sd.sample_adaptive(oracle.score_fn(sde), sde, jax.random.key(0), (8, 2), init=init, max_steps=3)  # noqa: E731
+    few, gradient = run(init), jax.grad(lambda init: run(init).samples.sum())(init)
+    assert not few.success.any() and np.isnan(few.samples).all() and np.isnan(gradient).all()
 
 
 @pytest.mark.parametrize("name", ["vp", "ve"])

@@ -1,4 +1,5 @@
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -196,6 +197,58 @@ def test_fields_are_leaves_that_do_not_recompile():
     assert len(traces) == 1
     together = jax.vmap(lambda b: sd.VP(beta_max=b).sigma(t))(jnp.asarray([10.0, 15.0, 20.0]))
     np.testing.assert_allclose(together, np.stack(values), rtol=1e-6)
+
+
+@dataclasses.dataclass(frozen=True)
+class Flow(sd.SDE):
+    """A user's own, as the docstring of the module has it: x_t = (1 - t) x_0 + t eps, times `spread`."""
+
+    spread: float = 1.0
+    t_min: float = 1e-3
+    t_max: float = 0.999
+    t_train: float = 1e-5
+
+    def log_alpha(self, t):
+        return jnp.log1p(-t)
+
+    def log_sigma(self, t):
+        return jnp.log(self.spread * t)
+
+
+def test_a_process_of_ones_own_is_a_dataclass_and_no_more():
+    oracle, traces = sd.GaussianMixture.gaussian(np.array([0.3, -0.2]), np.diag([0.2, 0.1])), []
+
+    @jax.jit
+    def sample(sde, init):
+        traces.append(1)
+        return sd.sample_ode(oracle.score_fn(sde), sde, jax.random.key(0), (8, 2), init=init, num_steps=30, denoise=False)
+
+    for spread in (1.0, 2.0):
+        sde = Flow(spread=spread)
+        init = sde.prior_sample(jax.random.key(0), (8, 2))
+        first, last = (np.sqrt(float(sde.alpha(t)) ** 2 * np.array([0.2, 0.1]) + float(sde.sigma(t)) ** 2) for t in (sde.t_max, sde.t_min))
+        exact = float(sde.alpha(sde.t_min)) * oracle.means + last / first * (np.asarray(init) - float(sde.alpha(sde.t_max)) * oracle.means)
+        np.testing.assert_allclose(sample(sde, init), exact, atol=2e-3)
+    assert len(traces) == 1
+    assert np.isfinite(jax.grad(lambda sde: sample(sde, init).sum())(sde).spread)
+    assert sd.sample_adaptive(oracle.score_fn(sde), sde, jax.random.key(0), (8, 2)).success.all()
+
+    class Inherits(sd.VP):
+        def log_sigma(self, t):
+            return super().log_sigma(t) + math.log(1.1)
+
+    assert jax.tree.leaves(Inherits(beta_max=15.0)) == jax.tree.leaves(sd.VP(beta_max=15.0))
+    np.testing.assert_allclose(jax.jit(lambda sde: sde.sigma(0.5))(Inherits()), 1.1 * sd.VP().sigma(0.5), rtol=1e-6)
+
+
+def test_what_jit_would_lose_of_a_process_is_refused():
+    class Plain(sd.VP):
+        def __init__(self, power):
+            super().__init__()
+            object.__setattr__(self, "power", power)
+
+    with pytest.raises(ValueError, match="Plain has power, .*field of a frozen dataclass"):
+        sd.sample_ode(lambda x, t: -x, Plain(2.0), jax.random.key(0), (2, 1))
 
 
 def test_frozen_and_known_by_name():

@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from sde_diffusion.prediction import as_pytree, check_process, check_sigma_data, lookup, predict
 from sde_diffusion.samplers.grid import check_t_end
-from sde_diffusion.samplers.integrate import check_noise_level, check_state
+from sde_diffusion.samplers.integrate import check_flags, check_noise_level, check_state
 from sde_diffusion.sde import SDE, Number, check, known
 from sde_diffusion.times import lowest_log_snr
 
@@ -61,7 +61,7 @@ def sample_adaptive(
       score_fn, key, shape, init, t_end, denoise, sigma_data: as in `sample_ode`.
       method: for the ODE "tsit5" (the default, order 5), "dopri5" (5), "dopri8" (8) or "heun" (2); for the SDE "shark" (the
         default, strong order 1.5) or "sra1" (1.5).
-      rtol, atol: tolerance of one step, of x / c; plain numbers. The larger also bounds the ODE's steps, to 1 up to 1.7e-4 and 2.3 at 1e-2.
+      rtol, atol: tolerance of one step, of x / c, in (0, 1); plain numbers. The larger also bounds the ODE's steps, to 1 up to 1.7e-4 and 2.3 at 1e-2.
       noise_level: tau of `sample_sde`; 0 is the ODE.
       max_steps: steps tried after which an example is given up.
 
@@ -75,12 +75,13 @@ def sample_adaptive(
     methods = ODE_METHODS if noise_level == 0 else SDE_METHODS
     method = next(iter(methods)) if method is None else method
     lookup(methods, method, f"adaptive {'ODE' if noise_level == 0 else 'SDE'} method")
-    check(rtol > 0 and atol > 0, f"rtol={rtol} and atol={atol} must be positive; 1e-3 is usual")
+    check(0 < rtol < 1 and 0 < atol < 1, f"rtol={rtol} and atol={atol} must be in (0, 1), as x / c has unit variance; 1e-3 is usual")
     check(
         isinstance(max_steps, (int, np.integer)) and not isinstance(max_steps, bool) and max_steps >= 1,
         f"max_steps={max_steps} must be an integer of at least 1",
     )
     check_process(score_fn, sde)
+    check_flags(denoise=denoise)
     t_end = check_t_end(sde, t_end)
     sigma_data = getattr(score_fn, "sigma_data", 0.5) if sigma_data is None else sigma_data
     check_sigma_data(sigma_data)
@@ -156,7 +157,8 @@ def _solve(
         )  # fmt: skip
         # Not by `solution.result`: the last step, cut off at the end, may be shorter than the shortest.
         success = solution.ts[-1] == t1
-        return jnp.where(success, solution.ys[0], jnp.nan), solution.stats["num_steps"], success
+        # The factor makes the gradient nan too.
+        return solution.ys[0] * jnp.where(success, 1.0, jnp.nan).astype(u.dtype), solution.stats["num_steps"], success
 
     start, per_step = (SDE_METHODS if stochastic else ODE_METHODS)[method]
     u, steps, success = jax.vmap(one)(x / scale(sde.t_max), jax.random.split(key_noise, shape[0]))

@@ -11,7 +11,7 @@ import numpy as np
 from sde_diffusion.prediction import as_pytree, check_process, check_sigma_data, lookup, zero_terminal_snr
 from sde_diffusion.samplers.grid import resolve_grid
 from sde_diffusion.samplers.linear import Solver, Steps, Table, run
-from sde_diffusion.sde import SDE, check, check_key, shown
+from sde_diffusion.sde import SDE, check, check_key, is_number, shown
 
 
 def integrate(
@@ -21,6 +21,7 @@ def integrate(
     """Carries a prior draw, or `init`, along the grid with a solver and, after each step, `correct(score_fn, sde, key, x, t)`."""
     solver = method if callable(method) else find(methods, method, kind)
     check_process(score_fn, sde)
+    check_flags(denoise=denoise, return_path=return_path)
     if sigma_data is None:
         sigma_data = getattr(score_fn, "sigma_data", 0.5)
     check_sigma_data(sigma_data)
@@ -91,11 +92,16 @@ def check_state(score_fn, sde: SDE, key, shape, init, t_start=None):
     return shape, init
 
 
+def check_flags(**flags) -> None:
+    """Raises ValueError for what is neither True nor False."""
+    for name, value in flags.items():
+        check(isinstance(value, (bool, np.bool_)), f"{name}={shown(value)} must be True or False: it chooses the program")
+
+
 def check_noise_level(noise_level) -> None:
     """Raises ValueError for what is no number, negative or not finite; a traced one passes."""
-    number = noise_level is not None and np.ndim(noise_level) == 0 and not isinstance(noise_level, str)
     check(
-        number and (noise_level >= 0) & (noise_level < np.inf),
+        is_number(noise_level) and (noise_level >= 0) & (noise_level < np.inf),
         f"noise_level={noise_level!r} must be one number of at least 0, and finite; 0 is the ODE, 1 the reverse SDE",
     )
 

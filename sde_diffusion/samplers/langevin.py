@@ -10,8 +10,8 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from sde_diffusion.prediction import as_pytree, check_process, check_sigma_data, predict, score
 from sde_diffusion.samplers.grid import resolve_grid
-from sde_diffusion.samplers.integrate import check_shape, check_state
-from sde_diffusion.sde import SDE, Number, check
+from sde_diffusion.samplers.integrate import check_flags, check_shape, check_state
+from sde_diffusion.sde import SDE, Number, check, is_number
 
 
 def sample_langevin(
@@ -61,8 +61,12 @@ def sample_langevin(
         isinstance(steps_per_level, (int, np.integer)) and steps_per_level >= 1,
         f"steps_per_level={steps_per_level} must be an integer of at least 1; 100 is usual",
     )
-    check((step_size > 0) & (step_size < 4), f"step_size={step_size} must be in (0, 4), in units of sigma^2; 0.2 is usual")
+    check(
+        is_number(step_size) and (step_size > 0) & (step_size < 4),
+        f"step_size={step_size} must be in (0, 4), in units of sigma^2; 0.2 is usual",
+    )
     check_process(score_fn, sde)
+    check_flags(denoise=denoise, return_path=return_path)
     if sigma_data is None:
         sigma_data = getattr(score_fn, "sigma_data", 0.5)
     check_sigma_data(sigma_data)

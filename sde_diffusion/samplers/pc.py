@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from sde_diffusion.prediction import lookup, score
 from sde_diffusion.samplers import ode, sde as reverse
 from sde_diffusion.samplers.integrate import integrate
-from sde_diffusion.sde import SDE, Number, check, pytree_dataclass
+from sde_diffusion.sde import SDE, Number, check, is_number, pytree_dataclass
 
 
 def langevin(sde, t, gradient, noise, snr):
@@ -98,7 +98,10 @@ def sample_pc(
         isinstance(corrector_steps, (int, np.integer)) and corrector_steps >= 0,
         f"corrector_steps={corrector_steps} must be an integer of at least 0; 1 is usual",
     )
-    check(corrector is None or (snr > 0) & (snr < 1), f"snr={snr} must be in (0, 1), where Langevin steps are stable; 0.16 is usual")
+    check(
+        corrector is None or is_number(snr) and (snr > 0) & (snr < 1),
+        f"snr={snr} must be in (0, 1), where Langevin steps are stable; 0.16 is usual",
+    )
     rule = None if corrector is None else lookup(CORRECTORS, corrector, "corrector")
     correct = Langevin(snr, rule, int(corrector_steps)) if rule and corrector_steps else None
     if grid is None and not hasattr(predictor, "times"):

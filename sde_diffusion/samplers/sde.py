@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from sde_diffusion.samplers.integrate import check_noise_level, integrate
 from sde_diffusion.samplers.linear import Solver, Steps, Table, one_step, register
 from sde_diffusion.samplers.ode import heun_step
-from sde_diffusion.samplers.spaces import adams_bashforth, adams_moulton, data_space, midpoint, multistep, orders
+from sde_diffusion.samplers.spaces import adams_bashforth, adams_moulton, data_space, midpoint, multistep, orders, root_decay
 from sde_diffusion.sde import SDE, Number, check, derivative
 
 METHODS: dict[str, Solver] = {}
@@ -111,12 +111,13 @@ def churned_heun(steps: Steps) -> Table:
     stages = heun_step(steps, t, alpha, sigma, steps.half_log_snr[1:] - raised)
     # The end of a step is raised to the beginning of the next; the last one is left.
     lift = jnp.append(alpha[1:], steps.alpha[-1]) / steps.alpha[1:]
-    raise_by = jnp.append(steps.half_log_snr[1:-1] - raised[1:], 0.0)
-    variance = jnp.append(sigma[1:], steps.sigma[-1]) ** 2 * -jnp.expm1(-2 * raise_by)  # of the raised state less that of the lifted one
+    # The root of twice what log(sigma / alpha) is raised by, with its derivative by tau at 0.
+    room = steps.half_log_snr[1:-1] - steps.half_log_snr[0]
+    raise_by = jnp.append(jnp.minimum(steps.noise_level * jnp.sqrt(2 * steps.h[1:]), jnp.sqrt(2 * room)), 0.0)
     factor, coefficients = stages["moves"][1]
     stages["moves"][1] = (lift * factor, [lift * c for c in coefficients])
-    some = variance > 0  # the root's derivative at 0 is infinite
-    return one_step(**stages, noise=jnp.where(some, jnp.sqrt(jnp.where(some, variance, 1.0)), 0.0))
+    # Its square: the variance of the raised state less that of the lifted one.
+    return one_step(**stages, noise=jnp.append(sigma[1:], steps.sigma[-1]) * root_decay(raise_by))
 
 
 def sample_sde(
@@ -151,7 +152,7 @@ def sample_sde(
       return_path: also return the states at all times of the grid, `(len(grid), B, *event)`; of "churned_heun", at the
         raised noise.
       noise_level: tau >= 0, from the probability-flow ODE (0) over the reverse SDE (1) to beyond; every one has the same
-        marginals.
+        marginals, as far as the steps are short enough: their number grows with tau^2.
 
     Returns:
       samples `(B, *event)`, or `(samples, path)`.

@@ -49,6 +49,12 @@ def _quadrature(length: Float[Array, " steps"]) -> tuple[Float[Array, "steps poi
     return (0.5 + nodes) * length[:, None], weights * length[:, None]
 
 
+def root_decay(y):
+    """sqrt(1 - e^(-y^2)), with its derivative at 0, 1."""
+    square = y**2
+    return y * jnp.sqrt(jnp.where(square > 0, -jnp.expm1(-square) / jnp.where(square > 0, square, 1.0), 1.0))
+
+
 def data_space(steps: Steps, corrected: bool = False) -> Space:
     """x0 over l = log(alpha / sigma), for any noise level (arXiv:2211.01095 eq. 8; arXiv:2309.05019 eq. 14); for a corrector, or not.
 
@@ -61,10 +67,7 @@ def data_space(steps: Steps, corrected: bool = False) -> Space:
     kernel = steps.alpha[1:, None] * (1 + tau2) * jnp.exp((1 + tau2) * (points - h[:, None]))
     noise = None
     if steps.noise_level is not None:
-        # sigma sqrt(1 - e^(-2 tau^2 h)), written so that it has its derivative by tau at 0.
-        y = 2 * tau2 * h
-        mean_decay = jnp.where(y > 0, -jnp.expm1(-y) / jnp.where(y > 0, y, 1.0), 1.0)
-        noise = steps.sigma[1:] * steps.noise_level * jnp.sqrt(2 * h * mean_decay)
+        noise = steps.sigma[1:] * root_decay(steps.noise_level * jnp.sqrt(2 * h))
     return Space(one, 0 * one, shrink * jnp.exp(-tau2 * h), h, points, weights * kernel, noise, h=h if corrected else None)
 
 
