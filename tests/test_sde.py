@@ -216,7 +216,8 @@ class Flow(sd.SDE):
 
 
 def test_a_process_of_ones_own_is_a_dataclass_and_no_more():
-    oracle, traces = sd.GaussianMixture.gaussian(np.array([0.3, -0.2]), np.diag([0.2, 0.1])), []
+    mean, variance, traces = np.array([0.3, -0.2]), np.array([0.2, 0.1]), []
+    oracle = sd.GaussianMixture.gaussian(mean, np.diag(variance))
 
     @jax.jit
     def sample(sde, init):
@@ -226,8 +227,8 @@ def test_a_process_of_ones_own_is_a_dataclass_and_no_more():
     for spread in (1.0, 2.0):
         sde = Flow(spread=spread)
         init = sde.prior_sample(jax.random.key(0), (8, 2))
-        first, last = (np.sqrt(float(sde.alpha(t)) ** 2 * np.array([0.2, 0.1]) + float(sde.sigma(t)) ** 2) for t in (sde.t_max, sde.t_min))
-        exact = float(sde.alpha(sde.t_min)) * oracle.means + last / first * (np.asarray(init) - float(sde.alpha(sde.t_max)) * oracle.means)
+        first, last = (np.sqrt(float(sde.alpha(t)) ** 2 * variance + float(sde.sigma(t)) ** 2) for t in (sde.t_max, sde.t_min))
+        exact = float(sde.alpha(sde.t_min)) * mean + last / first * (np.asarray(init) - float(sde.alpha(sde.t_max)) * mean)
         np.testing.assert_allclose(sample(sde, init), exact, atol=2e-3)
     assert len(traces) == 1
     assert np.isfinite(jax.grad(lambda sde: sample(sde, init).sum())(sde).spread)
