@@ -3,7 +3,7 @@
 import dataclasses
 import difflib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import jax
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from sde_diffusion.sde import SDE, Number, check, expand, is_number, known, pytree_dataclass, shown
+from sde_diffusion.sde import SDE, Number, check, check_log_snr, check_times, expand, is_number, known, pytree_dataclass, shown
 
 # Each maps x, the network's output F and the per-example alpha, sigma to (x0, eps).
 PREDICTIONS: dict[str, Callable] = {
@@ -168,6 +168,7 @@ def check_sde(sde, order: str = "score_fn, sde, key") -> None:
     """Raises ValueError where `sde` is no process."""
     example = f"an SDE, as sd.{sde.__name__}()" if isinstance(sde, type) else f"an SDE, as sd.VP(); the order of arguments is {order}"
     check(isinstance(sde, SDE), f"sde={shown(sde)} must be {example}")
+    check_times(sde)
     fields, kind = getattr(sde, "__dataclass_fields__", {}), type(sde)
     lost = [name for name in vars(sde) if name not in fields and not isinstance(getattr(kind, name, None), functools.cached_property)]
     check(
@@ -176,9 +177,17 @@ def check_sde(sde, order: str = "score_fn, sde, key") -> None:
     )
 
 
+@functools.lru_cache(maxsize=256)
+def _check_log_snr(sde, x64: bool) -> None:
+    """`check_log_snr`, once for equal processes."""
+    check_log_snr(sde)
+
+
 def check_process(score_fn, sde) -> None:
     """Raises ValueError where `sde` is no process, or a score function is none or knows its own (`score_fn.sde`) and it is another."""
     check_sde(sde)
+    if isinstance(sde, Hashable) and all(isinstance(leaf, (int, float)) for leaf in jax.tree.leaves(sde)):
+        _check_log_snr(sde, jax.config.jax_enable_x64)
     check(
         (callable(score_fn) or hasattr(score_fn, "predict")) and not isinstance(score_fn, type),
         f"score_fn={shown(score_fn)} must be a function (x (B, *event), t (B,)) -> (B, *event)",

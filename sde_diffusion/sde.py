@@ -137,8 +137,14 @@ def check_log_snr(sde: "SDE") -> None:
         i = int(np.argmin(good))
         raise ValueError(
             f"the log-SNR of {shown(sde)} goes from {log_snr[i]:g} at t={t[i]:g} to {log_snr[i + 1]:g} at t={t[i + 1]:g}: it must be finite and "
-            f"fall from t_train to t_max, in {log_snr.dtype}; choose less extreme values"
+            f"fall from t_train to t_max, in {log_snr.dtype}; choose less extreme values, or, where t runs from noise to data, turn it round"
         )
+
+
+def check_times(sde: "SDE") -> None:
+    """Raises ValueError for a process without one of its three times."""
+    missing = [name for name in ("t_min", "t_max", "t_train") if getattr(sde, name, None) is None]
+    check(not missing, f"{type(sde).__name__} lacks {', '.join(missing)}: a process has t_min, t_max and t_train, as 1e-3, 1.0 and 1e-5")
 
 
 class SDE:
@@ -158,6 +164,7 @@ class SDE:
         _register(cls)
 
     def __post_init__(self):
+        check_times(self)
         if known(self.t_min, self.t_max, self.t_train):
             check(
                 0 < float(self.t_train) <= float(self.t_min) < float(self.t_max) < math.inf,
@@ -167,11 +174,11 @@ class SDE:
 
     def log_alpha(self, t: Times) -> Float[Array, "*b"]:
         """log alpha(t)."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define log_alpha(t) and log_sigma(t)")
 
     def log_sigma(self, t: Times) -> Float[Array, "*b"]:
         """log sigma(t)."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define log_alpha(t) and log_sigma(t)")
 
     def alpha(self, t: Times) -> Float[Array, "*b"]:
         """The factor of the data, alpha(t)."""

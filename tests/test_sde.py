@@ -252,6 +252,32 @@ def test_what_jit_would_lose_of_a_process_is_refused():
         sd.sample_ode(lambda x, t: -x, Plain(2.0), jax.random.key(0), (2, 1))
 
 
+def test_a_process_of_ones_own_that_lacks_something_or_runs_backwards_is_refused():
+    class Timeless(sd.SDE):
+        t_max, t_min = 1.0, 1e-3
+
+    class Half(sd.SDE):
+        t_min, t_max, t_train = 1e-3, 1.0, 1e-5
+
+        def log_alpha(self, t):
+            return -t
+
+    class Backwards(Half):
+        def log_sigma(self, t):
+            return -2 * t
+
+    for sampler in (sd.sample_ode, sd.sample_sde, sd.sample_pc, sd.sample_langevin, sd.sample_adaptive):
+        for cls, error, words in (
+            (Timeless, ValueError, "Timeless lacks t_train: a process has t_min"),
+            (Half, NotImplementedError, "Half must define log_alpha.t. and log_sigma"),
+            (Backwards, ValueError, "log-SNR of .* must be finite and fall from t_train to t_max, .* turn it round"),
+        ):
+            with pytest.raises(error, match=words):
+                sampler(lambda x, t: -x, cls(), jax.random.key(0), (2, 1))
+    with pytest.raises(ValueError, match="Timeless lacks t_train"):
+        dataclasses.dataclass(frozen=True)(Timeless)()
+
+
 def test_frozen_and_known_by_name():
     with pytest.raises(dataclasses.FrozenInstanceError):
         SDES["vp"].beta_max = 3.0
