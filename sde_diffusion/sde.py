@@ -34,41 +34,42 @@ Number = Any
 
 
 @functools.cache
-def _fields(cls) -> tuple[list[str], list[str]]:
-    """The fields that are leaves, and those that are not."""
-    fields = getattr(cls, "__dataclass_fields__", {}).values()
-    return [f.name for f in fields if not f.metadata.get("static")], [f.name for f in fields if f.metadata.get("static")]
-
-
 def _register(cls) -> None:
-    """Makes a class, which may become a dataclass only later, a pytree.
+    """Makes a class a pytree, unless it is one; its fields with `metadata={"static": True}` are not leaves.
 
     Not by `jax.tree_util.register_dataclass`: to it (JAX 0.10 to 0.12) the structures of two classes with as many leaves
     are equal, and where their hashes meet as well, `jax.jit` runs the program compiled for the one with the other's numbers.
     """
+    fields = dataclasses.fields(cls) if dataclasses.is_dataclass(cls) else ()
+    static = [f.name for f in fields if f.metadata.get("static")]
+    leaves = [f.name for f in fields if not f.metadata.get("static")]
+    keys = [jax.tree_util.GetAttrKey(name) for name in leaves]
 
     def flatten(self):
-        return tuple([getattr(self, name) for name in names] for names in _fields(cls))
+        return [getattr(self, name) for name in leaves], tuple(getattr(self, name) for name in static)
 
     def flatten_with_keys(self):
         children, fixed = flatten(self)
-        return [(jax.tree_util.GetAttrKey(name), child) for name, child in zip(_fields(cls)[0], children)], tuple(fixed)
+        return list(zip(keys, children)), fixed
 
     def unflatten(fixed, children):
         # Without __post_init__: JAX also puts placeholders, tracers and gradients in the leaves' places.
-        self, (leaves, static) = object.__new__(cls), _fields(cls)
+        self = object.__new__(cls)
         for name, value in (*zip(leaves, children), *zip(static, fixed)):
             object.__setattr__(self, name, value)
         return self
 
-    jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, lambda self: (flatten(self)[0], tuple(flatten(self)[1])))
+    try:
+        jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
+    except ValueError as error:  # by flax.struct.dataclass and the like
+        if "uplicate" not in str(error):
+            raise
 
 
 def pytree_dataclass(cls):
     """Makes `cls` a frozen dataclass and a pytree; fields with `metadata={"static": True}` are not leaves."""
     cls = dataclasses.dataclass(frozen=True)(cls)
-    if not issubclass(cls, SDE):  # which is one already
-        _register(cls)
+    _register(cls)
     return cls
 
 
@@ -159,9 +160,9 @@ class SDE:
     t_max: Number
     t_train: Number
 
-    def __init_subclass__(cls, **options):
-        super().__init_subclass__(**options)
+    def __new__(cls, *args, **kwargs):
         _register(cls)
+        return super().__new__(cls)
 
     def __post_init__(self):
         check_times(self)

@@ -1,6 +1,7 @@
 import dataclasses
 import math
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +12,7 @@ from oracle import SDES, ZERO_SNR, drift_and_squared_diffusion
 
 import sde_diffusion as sd
 from sde_diffusion.config import SDES as CLASSES
+from sde_diffusion.sde import pytree_dataclass
 
 TIMES = np.array([1e-5, 1e-3, 0.03, 0.2, 0.5, 0.8, 0.95, 0.999])
 NAMES = sorted(SDES)
@@ -237,6 +239,14 @@ def test_a_process_of_ones_own_is_a_dataclass_and_no_more():
     class Inherits(sd.VP):
         def log_sigma(self, t):
             return super().log_sigma(t) + math.log(1.1)
+
+    frozen = dataclasses.dataclass(frozen=True)
+    for decorator in (frozen, lambda cls: jax.tree_util.register_dataclass(frozen(cls)), flax.struct.dataclass, pytree_dataclass):
+
+        class Mine(Flow):
+            spread: float = 3.0
+
+        assert jax.tree.leaves(decorator(Mine)()) == jax.tree.leaves(Flow(spread=3.0))
 
     assert jax.tree.leaves(Inherits(beta_max=15.0)) == jax.tree.leaves(sd.VP(beta_max=15.0))
     np.testing.assert_allclose(jax.jit(lambda sde: sde.sigma(0.5))(Inherits()), 1.1 * sd.VP().sigma(0.5), rtol=1e-6)
