@@ -173,7 +173,10 @@ def load(path: Path) -> ConfigDict:
         return experiment(**_tuples(plain))
     except (ValueError, TypeError, AttributeError, RecursionError, OSError) as error:
         error = getattr(error, "strerror", None) or error
-        raise ValueError(f"{path} is not a config written by this program ({error}); delete or restore it") from None
+        raise ValueError(
+            f"{path} is not a config that can be read ({error}); if a module of your own registers a name in it, import that first or "
+            "pass its --config; else restore the file"
+        ) from None
 
 
 def _tuples(value):

@@ -122,7 +122,8 @@ def weighted_loss(
       x0: clean data `(B, *event)`, floating point.
       weight: a name that `sd.weights()` lists ("elbo", "edm", "sigmoid", "min_snr", "flow_matching" ...; "simple" = "sigma2" is
         1/2 |eps - eps_hat|^2 under uniform t), or a callable w(lambda), elementwise.
-      times: how t is drawn, see `sample_times`; "uniform", "log_snr" and an `AdaptiveTimes` estimate the same number.
+      times: how t is drawn, see `sample_times`; "uniform", "log_snr" and an `AdaptiveTimes` estimate the same number; a weight that does
+        not fall with lambda, as "elbo", leaves "uniform" a heavy tail: for it "log_snr" has far less variance.
       control: the data's standard deviation, to evaluate: a term of mean 0 that takes out most of the noise of eps is
         subtracted, see `noise_error`. Neither the mean nor the gradient by the score's parameters changes.
 

@@ -93,7 +93,8 @@ def as_score(
         a module's `apply` and its parameters keeps the parameters out of the compiled program.
       sde: the process that the network was trained on.
       prediction: what the network predicts: "eps", "x0", "v" = alpha eps - sigma x0 (arXiv:2202.00512), "score", or
-        "edm": EDM's preconditioning (arXiv:2206.00364 table 1) for any process, input scaling included.
+        "edm": EDM's preconditioning (arXiv:2206.00364 table 1) for any process, input scaling included. The velocity
+        u = eps - x0 of rectified flow (alpha = 1 - t, sigma = t) is x0 = x - t u: wrap it so, with "x0".
       noise_label: "t", "log_sigma", "log_snr", "data_log_snr" (log of alpha^2 sigma_data^2 / sigma^2, the SNR of x where data
         has another variance than 1) or "edm" (1/4 log(sigma/alpha)); by default "edm" with EDM, else "t".
       sigma_data: standard deviation of the data about its mean: of "edm", and of the samplers' default method and grid.

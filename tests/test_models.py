@@ -1,6 +1,7 @@
 import functools
 import itertools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -376,3 +377,20 @@ def test_shapes_that_do_not_fit_are_refused_while_tracing(shape, c_shape, messag
     with pytest.raises(ValueError, match=message) as error:
         jax.eval_shape(network.init, jax.random.key(0), jnp.zeros(shape), jnp.zeros(c_shape))
     assert "\n" not in str(error.value)
+
+
+def test_a_network_of_ones_own_needs_the_call_alone(monkeypatch):
+    class Mine(nn.Module):
+        width: int = 8
+
+        @nn.compact
+        def __call__(self, x, c, labels=None, dropout_keys=None):
+            return nn.Dense(x.shape[-1])(nn.silu(nn.Dense(self.width)(jnp.concatenate([x, c[:, None]], axis=1))))
+
+    monkeypatch.setitem(MODELS, "mine", Mine)
+    network, x = build("mine", width=4), jnp.ones((3, 2))
+    params = network.init(jax.random.key(0), x, jnp.ones(3))["params"]
+    assert network.apply({"params": params}, x, jnp.ones(3)).shape == (3, 2)
+    assert params["Dense_0"]["kernel"].shape == (3, 4)
+    with pytest.raises(ValueError, match="unknown option 'dropout' of model 'mine': the known ones are width"):
+        build("mine", dropout=0.1)

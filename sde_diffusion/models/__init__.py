@@ -5,6 +5,8 @@ Every network is called as
 x `(B, *event)`, c `(B,)` a noise label whose scale the caller picks (t, log sigma, log-SNR),
 labels `(B,)` int or None, dropout_keys `(B,)` in training and None elsewhere: a key an example, so that
 dropout does not depend on how the batch lies on devices. It returns an array like x, at least float32.
+
+A network of your own is a Linen module with this call: `MODELS["mine"] = Mine` in the config's file, whose `model` sets its fields.
 """
 
 from dataclasses import fields
@@ -52,13 +54,14 @@ def build(name: str, **options: Any) -> nn.Module:
     check(len(waves) <= 64 and all(abs(n) <= 32 for n in waves),
           f"model.input_fourier={shown(waves)} must be exponents from -32 to 32, at most 64 of them")  # fmt: skip
     # A rate next to 1 keeps nothing in float32.
-    check(0 <= module.dropout <= 1 - 2**-24, f"model.dropout={module.dropout} must be in [0, 1)")
-    scale = module.embedding_scale
+    dropout = getattr(module, "dropout", 0.0)
+    check(0 <= dropout <= 1 - 2**-24, f"model.dropout={dropout} must be in [0, 1)")
+    scale = getattr(module, "embedding_scale", None)
     check(scale is None or 1e-30 < scale < 1e30, f"model.embedding_scale={scale} must be positive, or None for the embedding's usual one")
-    classes = module.num_classes
+    classes = getattr(module, "num_classes", None)
     check(classes is None or 1 <= classes < 2**31 - 1, f"model.num_classes={classes} must be at least 1, or None for no classes")
     for key in ("dtype", "param_dtype"):
-        value = getattr(module, key)
+        value = getattr(module, key, "float32")
         names = {"float32": 0, "bfloat16": 0, "float16": 0, **({"float64": 0} if jax.config.jax_enable_x64 else {})}
         lookup(names, value if isinstance(value, str) else jnp.dtype(value).name, f"model.{key}")
     return module

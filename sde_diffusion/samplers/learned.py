@@ -176,7 +176,7 @@ def fit_solver(
     A few states near the divide between two modes make most of what a fit leaves: compare `held_out_rmse` with `held_out_median`.
 
     Args:
-      score_fn: `(x (B, *event), t (B,)) -> (B, *event)`.
+      score_fn: `(x (B, *event), t (B,)) -> (B, *event)`; it also sees one example at a time, B = 1, and others of its batches.
       shape: `(B, *event)`; B is how many states are solved at once.
       nfe: evaluations, at least 2; `denoise` adds one when sampling.
       t_end: where it stops; `sde.t_min` by default.
