@@ -391,6 +391,6 @@ def test_a_network_of_ones_own_needs_the_call_alone(monkeypatch):
     network, x = build("mine", width=4), jnp.ones((3, 2))
     params = network.init(jax.random.key(0), x, jnp.ones(3))["params"]
     assert network.apply({"params": params}, x, jnp.ones(3)).shape == (3, 2)
-    assert params["Dense_0"]["kernel"].shape == (3, 4)
+    assert params["Dense_0"]["kernel"].shape == (4, 2)
     with pytest.raises(ValueError, match="unknown option 'dropout' of model 'mine': the known ones are width"):
         build("mine", dropout=0.1)
