@@ -3,7 +3,7 @@
 import dataclasses
 import difflib
 import functools
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -180,15 +180,20 @@ def check_sde(sde, order: str = "score_fn, sde, key") -> None:
 
 @functools.lru_cache(maxsize=256)
 def _check_log_snr(sde, x64: bool) -> None:
-    """`check_log_snr`, once for equal processes."""
+    """`check_log_snr`, once for equal processes in a precision."""
     check_log_snr(sde)
 
 
 def check_process(score_fn, sde) -> None:
     """Raises ValueError where `sde` is no process, or a score function is none or knows its own (`score_fn.sde`) and it is another."""
     check_sde(sde)
-    if isinstance(sde, Hashable) and all(isinstance(leaf, (int, float)) for leaf in jax.tree.leaves(sde)):
-        _check_log_snr(sde, jax.config.jax_enable_x64)
+    if all(isinstance(leaf, (int, float)) for leaf in jax.tree.leaves(sde)):
+        try:
+            hash(sde)
+        except TypeError:  # of a list, or not frozen
+            check_log_snr(sde)
+        else:
+            _check_log_snr(sde, jax.config.jax_enable_x64)
     check(
         (callable(score_fn) or hasattr(score_fn, "predict")) and not isinstance(score_fn, type),
         f"score_fn={shown(score_fn)} must be a function (x (B, *event), t (B,)) -> (B, *event)",

@@ -137,8 +137,9 @@ def check_log_snr(sde: "SDE") -> None:
     if not good.all():
         i = int(np.argmin(good))
         raise ValueError(
-            f"the log-SNR of {shown(sde)} goes from {log_snr[i]:g} at t={t[i]:g} to {log_snr[i + 1]:g} at t={t[i + 1]:g}: it must be finite and "
-            f"fall from t_train to t_max, in {log_snr.dtype}; choose less extreme values, or, where t runs from noise to data, turn it round"
+            f"the log-SNR of {shown(sde)} goes from {log_snr[i]:g} at t={t[i]:g} to {log_snr[i + 1]:g} at t={t[i + 1]:g}: it must be "
+            f"finite and fall from t_train to t_max, in {log_snr.dtype}; choose less extreme values, or, where t runs from noise to data, "
+            "turn it round"
         )
 
 

@@ -1,5 +1,7 @@
 import dataclasses
+import inspect
 import math
+import textwrap
 
 import flax.struct
 import jax
@@ -201,23 +203,11 @@ def test_fields_are_leaves_that_do_not_recompile():
     np.testing.assert_allclose(together, np.stack(values), rtol=1e-6)
 
 
-@dataclasses.dataclass(frozen=True)
-class Flow(sd.SDE):
-    """A user's own, as the docstring of the module has it: x_t = (1 - t) x_0 + t eps, times `spread`."""
-
-    spread: float = 1.0
-    t_min: float = 1e-3
-    t_max: float = 0.999
-    t_train: float = 1e-5
-
-    def log_alpha(self, t):
-        return jnp.log1p(-t)
-
-    def log_sigma(self, t):
-        return jnp.log(self.spread * t)
-
-
 def test_a_process_of_ones_own_is_a_dataclass_and_no_more():
+    """That of the module's docstring."""
+    names = {"dataclasses": dataclasses, "jnp": jnp, "sd": sd, "__name__": __name__}
+    exec(textwrap.dedent(inspect.getmodule(sd.SDE).__doc__.partition("`log_sigma`:\n\n")[2]), names)
+    Flow = names["Flow"]
     mean, variance, traces = np.array([0.3, -0.2]), np.array([0.2, 0.1]), []
     oracle = sd.GaussianMixture.gaussian(mean, np.diag(variance))
 
@@ -226,14 +216,14 @@ def test_a_process_of_ones_own_is_a_dataclass_and_no_more():
         traces.append(1)
         return sd.sample_ode(oracle.score_fn(sde), sde, jax.random.key(0), (8, 2), init=init, num_steps=30, denoise=False)
 
-    for spread in (1.0, 2.0):
-        sde = Flow(spread=spread)
+    for t_max in (0.999, 0.99):
+        sde = Flow(t_max=t_max)
         init = sde.prior_sample(jax.random.key(0), (8, 2))
         first, last = (np.sqrt(float(sde.alpha(t)) ** 2 * variance + float(sde.sigma(t)) ** 2) for t in (sde.t_max, sde.t_min))
         exact = float(sde.alpha(sde.t_min)) * mean + last / first * (np.asarray(init) - float(sde.alpha(sde.t_max)) * mean)
         np.testing.assert_allclose(sample(sde, init), exact, atol=2e-3)
     assert len(traces) == 1
-    assert np.isfinite(jax.grad(lambda sde: sample(sde, init).sum())(sde).spread)
+    assert np.isfinite(jax.grad(lambda sde: sample(sde, init).sum())(sde).t_max)
     assert sd.sample_adaptive(oracle.score_fn(sde), sde, jax.random.key(0), (8, 2)).success.all()
 
     class Inherits(sd.VP):
@@ -244,9 +234,9 @@ def test_a_process_of_ones_own_is_a_dataclass_and_no_more():
     for decorator in (frozen, lambda cls: jax.tree_util.register_dataclass(frozen(cls)), flax.struct.dataclass, pytree_dataclass):
 
         class Mine(Flow):
-            spread: float = 3.0
+            t_max: float = 0.9
 
-        assert jax.tree.leaves(decorator(Mine)()) == jax.tree.leaves(Flow(spread=3.0))
+        assert jax.tree.leaves(decorator(Mine)()) == jax.tree.leaves(Flow(t_max=0.9))
 
     assert jax.tree.leaves(Inherits(beta_max=15.0)) == jax.tree.leaves(sd.VP(beta_max=15.0))
     np.testing.assert_allclose(jax.jit(lambda sde: sde.sigma(0.5))(Inherits()), 1.1 * sd.VP().sigma(0.5), rtol=1e-6)
@@ -260,6 +250,28 @@ def test_what_jit_would_lose_of_a_process_is_refused():
 
     with pytest.raises(ValueError, match="Plain has power, .*field of a frozen dataclass"):
         sd.sample_ode(lambda x, t: -x, Plain(2.0), jax.random.key(0), (2, 1))
+
+
+def test_a_process_may_hold_a_list_and_need_not_be_frozen():
+    @dataclasses.dataclass
+    class Powers(sd.SDE):
+        powers: list
+        t_min: float = 1e-3
+        t_max: float = 1.0
+        t_train: float = 1e-5
+
+        def log_alpha(self, t):
+            return -sum(t**p for p in self.powers)
+
+        def log_sigma(self, t):
+            return 0.5 * jnp.log(-jnp.expm1(2 * self.log_alpha(t)))
+
+    def run(powers):
+        return sd.sample_ode(lambda x, t: -x, Powers(powers), jax.random.key(0), (2, 1), num_steps=5)
+
+    assert np.isfinite(run([1.0, 2.0])).all()
+    with pytest.raises(ValueError, match="fall from t_train to t_max"):
+        run([-1.0])
 
 
 def test_a_process_of_ones_own_that_lacks_something_or_runs_backwards_is_refused():

@@ -61,7 +61,8 @@ def sample_adaptive(
       score_fn, key, shape, init, t_end, denoise, sigma_data: as in `sample_ode`; the score function sees one example at a time, B = 1.
       method: for the ODE "tsit5" (the default, order 5), "dopri5" (5), "dopri8" (8) or "heun" (2); for the SDE "shark" (the
         default, strong order 1.5) or "sra1" (1.5).
-      rtol, atol: tolerance of one step, of x / c, in (0, 1); plain numbers. The larger also bounds the ODE's steps, to 1 up to 1.7e-4 and 2.3 at 1e-2.
+      rtol, atol: tolerance of one step, of x / c, in (0, 1); plain numbers. The larger also bounds the ODE's steps, to 1 up to 1.7e-4 and
+        2.3 at 1e-2.
       noise_level: tau of `sample_sde`; 0 is the ODE.
       max_steps: steps tried after which an example is given up.
 

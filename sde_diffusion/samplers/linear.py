@@ -143,7 +143,7 @@ def moved(x, centre, alpha):
 
 
 def begin(table: Table, sde, centre, x, t_start):
-    """What is carried from row to row, before the first: x less alpha centre, what past evaluations said, `(K, B, *event)`, and the first."""
+    """What is carried to the first row: x less alpha centre, what past evaluations said, `(K, B, *event)`, and the first."""
     zero = jnp.zeros_like(x)  # under shard_map as varied as x is
     past = jnp.stack([zero] * table.history.shape[1])
     first = None if table.first is None else zero

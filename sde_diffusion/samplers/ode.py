@@ -135,7 +135,7 @@ def adams(steps: Steps) -> Table:
     From 15 evaluations on in up to 64 dimensions, and from 15 to 20 in up to 128, the corrector redoes each step but the last two once
     more, by the evaluation at the end of the next. That gains on the rule's own grid, in few dimensions the most; in more the coarsest
     directions, where the first steps err, lose by it. On other grids it can lose. Of evaluations closer together than an eighth of a step
-    one counts there (`spaces._distinct`): a grid may have further times anywhere.
+    one counts (`spaces._distinct`): a grid may have further times anywhere.
 
     In 2 to 20 steps (but 6 in more than 3,072 dimensions, and 7 and 8 in more than 1,536) from noise, the first evaluation is within the
     first step instead of at its beginning, where it would tell the mean of the data and little else (`spaces.ahead`). Noise is sigma > 14

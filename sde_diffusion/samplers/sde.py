@@ -83,7 +83,8 @@ def sde_dpmpp_3m(steps: Steps) -> Table:
 def sa_solver(steps: Steps) -> Table:
     """SA-Solver: stochastic Adams, predictor of order 3 in x0 and a corrector that keeps the noise: for 10 to 50 steps.
 
-    Last steps of lower order below 40 steps; below 16 it predicts by the midpoint rule of sde_dpmpp_2m.
+    Last steps of lower order below 40 steps; below 16 it predicts by the midpoint rule of sde_dpmpp_2m. Evaluations closer together than
+    an eighth of a step count as one, as in adams.
     """
     space, order = data_space(steps, corrected=True), _orders(steps.num)
     return multistep(steps, space, _predictor(space, order), adams_moulton(space, order))

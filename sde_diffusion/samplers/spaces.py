@@ -56,10 +56,10 @@ def root_decay(y):
 
 
 def data_space(steps: Steps, corrected: bool = False) -> Space:
-    """x0 over l = log(alpha / sigma), for any noise level (arXiv:2211.01095 eq. 8; arXiv:2309.05019 eq. 14); for a corrector, or not.
+    """x0 over l = log(alpha / sigma), for any noise level (arXiv:2211.01095 eq. 8; arXiv:2309.05019 eq. 14).
 
     x_s = sigma_s / sigma_t e^(-tau^2 h) x_t + alpha_s (1 + tau^2) int e^(-(1 + tau^2)(l_s - l)) x0 dl
-    + sigma_s sqrt(1 - e^(-2 tau^2 h)) z.
+    + sigma_s sqrt(1 - e^(-2 tau^2 h)) z. corrected: for a method with a corrector, see `Space.h`.
     """
     one, h, shrink = jnp.ones_like(steps.time), steps.h, steps.sigma[1:] / steps.sigma[:-1]
     tau2 = jnp.asarray(0.0 if steps.noise_level is None else steps.noise_level, h.dtype) ** 2
@@ -107,9 +107,10 @@ def residual_space(steps: Steps, scale, fine, coarse) -> Space:
 
     With theta = arctan(q / scale), c = sqrt(alpha^2 scale^2 + sigma^2) and w = eps - sin(theta) x / c, the ODE is
     d(x / c) = w dtheta / cos(theta) = w dzeta, zeta = asinh(tan theta). No linear part is left, w vanishes on N(0, scale^2 I),
-    and its scale is that of the error of a network that predicts eps. Between the scales `fine` and `coarse` (which may be 0 and infinite), where data has its structure, the
-    variable is log(sigma / alpha), of which grids take about equal steps. Data that is not centred makes w proportional to cos(theta) at
-    high noise, where it is alpha / sigma, and below all structure w is smooth in sigma: a polynomial follows both.
+    and its scale is that of the error of a network that predicts eps. Between the scales `fine` and `coarse` (which may be 0 and infinite),
+    where data has its structure, the variable is log(sigma / alpha), of which grids take about equal steps. Data that is not centred makes
+    w proportional to cos(theta) at high noise, where it is alpha / sigma, and below all structure w is smooth in sigma: a polynomial
+    follows both.
     """
     # At zero SNR as at the one by which the steps count: what is kept would vanish there, and the first move with it.
     alpha = jnp.where(steps.alpha > 0, steps.alpha, steps.sigma * jnp.exp(steps.half_log_snr))
@@ -189,7 +190,7 @@ def orders(num: int, order: int, taper: int = 0) -> np.ndarray:
 
 
 def _distinct(space: Space, num: int):
-    """Which of the last `num` nodes count, `(N, num)`: those far enough, in the space's variable or in log-SNR, from the newer ones that do.
+    """Which of the last `num` nodes count, `(N, num)`: those far enough from the newer ones that do, in the space's variable or log-SNR.
 
     Grids by name, whose steps change slowly in one of these, lose none, but in the last step of a few. Arrays may: where the end of a
     long step was predicted, then corrected, and is followed by a short step, the slope over that is the correction's, and a long step next
