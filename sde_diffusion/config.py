@@ -31,7 +31,7 @@ SDES = {
 # The function, the solvers that it knows, and its usual one; of the ODE by what the network predicts.
 SAMPLERS = {
     "ode": (sample_ode, ode.METHODS, None),
-    "sde": (sample_sde, reverse.METHODS, "sa_solver"),
+    "sde": (sample_sde, reverse.METHODS, "sde_adams"),
     "pc": (sample_pc, pc.PREDICTORS, "reverse_diffusion"),
 }
 

@@ -53,7 +53,7 @@ def counted(score_fn):
 
 METHODS = {**ode.METHODS, **reverse.METHODS}
 # One of each kind is tried on every process, the others on one.
-KINDS = (*ONE_STEP, "adams", "heun", "rk4", "unipc_3", "dpmpp_3s", "sa_solver", "churned_heun")
+KINDS = (*ONE_STEP, "adams", "heun", "rk4", "unipc_3", "dpmpp_3s", "sa_solver", "sde_adams", "churned_heun")
 
 
 @pytest.mark.parametrize(
@@ -432,7 +432,7 @@ def test_gradients_flow_through_a_sampler(x64):
     np.testing.assert_allclose(jax.grad(end)(init), [[slope]], rtol=1e-3)
 
 
-@pytest.mark.parametrize("method", ["ancestral", "sa_solver", "churned_heun"])
+@pytest.mark.parametrize("method", ["ancestral", "sa_solver", "sde_adams", "churned_heun"])
 def test_gradients_of_no_noise_are_those_of_the_ode(method, x64):
     """At noise level 0, where the noise's standard deviation is a root at zero: as difference quotients have them."""
     sde, oracle, times = SDES["vp"], mixture(), jnp.array([1.0, 0.6, 0.3, 0.1, 0.01])
@@ -501,7 +501,7 @@ def ddim_but(**columns):
         (vp_call(method=["heun"]), ["method ['heun']", "adams"]),
         (vp_call(method="sa_solver"), ["'sa_solver' is one of sample_sde", "sample.sampler='sde'", "adams"]),
         (vp_call(sd.sample_sde, method="adams"), ["'adams' is one of sample_ode", "ancestral"]),
-        (vp_call(sd.sample_sde, method="sa_solver", num_steps=2), ["at least 3 steps, got 2", "method='ancestral'"]),
+        (vp_call(sd.sample_sde, method="sa_solver", num_steps=2), ["at least 3 steps, got 2", "method='sde_adams'"]),
         (vp_call(method="runs/solver_8.json"), ["sd.LearnedSolver.load('runs/solver_8.json')"]),
         (vp_call(method="dpmpp_3m", num_steps=2), ["'dpmpp_3m'", "at least 3 steps, got 2", "method='adams'"]),
         (vp_call(sigma_data=0.0), ["sigma_data=0.0", "positive"]),
@@ -578,7 +578,7 @@ def test_bad_input_is_refused_before_compilation(call, words):
     ids=["vp", "ve", "cosine"],
 )
 @pytest.mark.parametrize("grid", ["uniform", "student"])
-@pytest.mark.parametrize("method", ["adams", "dpmpp_3m", "dpmpp_3s", "unipc_3", "deis_3", "heun", "sa_solver", "churned_heun"])
+@pytest.mark.parametrize("method", ["adams", "dpmpp_3m", "dpmpp_3s", "unipc_3", "deis_3", "heun", "sa_solver", "sde_adams", "churned_heun"])
 def test_log_snrs_below_minus_20_are_what_they_are(sde, grid, method):
     """The flow of one Gaussian from log-SNRs of -22 to -23: within 5% of its end's size (3% is Heun's, whose first step in
     uniform time goes from sigma / alpha = 63,000 to 64; the others' are below 2%). At -30 float32 rounds sigma / alpha = 3e6 to 0.2."""

@@ -110,7 +110,7 @@ def check_start(solver: Solver, name: str, sde: SDE, num_steps: int, t_start=Non
     """Raises ValueError for too few steps, and for a solver that cannot start where alpha = 0 (at t_max by default)."""
     check(
         num_steps >= solver.min_steps,
-        f"{name!r} needs at least {solver.min_steps} steps, got {num_steps}: take more, or method={'ancestral' if solver.stochastic else 'adams'!r}, "
+        f"{name!r} needs at least {solver.min_steps} steps, got {num_steps}: take more, or method={'sde_adams' if solver.stochastic else 'adams'!r}, "
         "which goes with any number of them",
     )
     if not solver.zero_snr and zero_terminal_snr(sde, t_start):

@@ -10,12 +10,15 @@ import dataclasses
 import functools
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from sde_diffusion.samplers.integrate import check_noise_level, integrate
 from sde_diffusion.samplers.linear import Solver, Steps, Table, one_step, register
 from sde_diffusion.samplers.ode import heun_step
-from sde_diffusion.samplers.spaces import adams_bashforth, adams_moulton, data_space, midpoint, multistep, orders, root_decay
+from sde_diffusion.samplers.spaces import (
+    adams_bashforth, adams_moulton, data_space, gaussian_space, midpoint, multistep, orders, root_decay,
+)  # fmt: skip
 from sde_diffusion.sde import SDE, Number, check, derivative
 
 METHODS: dict[str, Solver] = {}
@@ -81,13 +84,51 @@ def sde_dpmpp_3m(steps: Steps) -> Table:
 
 @_register(order=4, evaluations=1, min_steps=3, source="arXiv:2309.05019 alg. 1, predictor and corrector of 3 steps")
 def sa_solver(steps: Steps) -> Table:
-    """SA-Solver: stochastic Adams, predictor of order 3 in x0 and a corrector that keeps the noise: for 10 to 50 steps.
+    """SA-Solver: stochastic Adams, predictor of order 3 in x0 and a corrector that keeps the noise.
 
     Last steps of lower order below 40 steps; below 16 it predicts by the midpoint rule of sde_dpmpp_2m. Evaluations closer together than
     an eighth of a step count as one, as in adams.
     """
     space, order = data_space(steps, corrected=True), _orders(steps.num)
     return multistep(steps, space, _predictor(space, order), adams_moulton(space, order))
+
+
+@_register(order=3, evaluations=1, source="spaces.gaussian_space")
+def sde_adams(steps: Steps) -> Table:
+    """Stochastic Adams about a Gaussian: for 8 and more steps, in thousands of dimensions for 15 and more.
+
+    The reverse SDE of N(m, s^2 I), s the data's standard deviation, is solved in closed form, at any noise level. What the network says
+    beyond that (`spaces.gaussian_space`) is predicted by Adams-Bashforth of order 2, and corrected by Adams-Moulton of order 3 once the end
+    of the step has been evaluated for the next; the noise is kept.
+
+    Directions of the data far finer than q = sigma / alpha contract by e^(-z) more in a step than the Gaussian, which an explicit method
+    turns into noise where z is large. So the slope of the prediction counts 1 / (1 + (z / 1.5)^2), the correction this times that of the
+    next step, and what is left, a step of order 1, is about a Gaussian of variance s^2 / (1 + (z / 4)^6 (1 + s / q)^3): of the last steps of
+    a few about a point, as in `ancestral`. z is (1 + tau^2) times the step's length less that of the Gaussian's contraction, and more, up to
+    log 10, where a step about N(m, s^2 I) would overshoot in such directions, as at noise levels above 1.
+    """
+    s, order, q = steps.sigma_data, orders(steps.num, 2), jnp.exp(-steps.half_log_snr)
+    space, contracts = gaussian_space(steps, s), 1 + jnp.asarray(steps.noise_level, q.dtype) ** 2
+    z = contracts * jnp.diff(jnp.log(jnp.hypot(1.0, s / q)))
+    # What is left of the state: by the Gaussian, and of a point at 0 by a step about the Gaussian; beside it half of the noise at the end.
+    said, noise = space.weights.sum(axis=1) / steps.alpha[1:], 0.5 * q[1:] / q[:-1]
+    q, alpha, sigma = q[:-1], steps.alpha[:-1], steps.sigma[:-1]
+    overshoot = (1 - said - (jnp.sqrt(said) * s / q) ** 2 + noise) / (1 - said + noise)
+    z = jnp.maximum(z, -jnp.log(jnp.maximum(overshoot, 0.1)))
+    share = 1 / (1 + (z / 1.5) ** 2)
+    narrow = s / jnp.sqrt(1 + (z / 4) ** 6 * (1 + s / q) ** 3)
+    near = gaussian_space(steps, narrow)
+    high, implicit = adams_bashforth(space, order), adams_moulton(space, order)
+    constant = jnp.pad(adams_bashforth(space, np.ones_like(order)), ((0, 0), (0, high.shape[1] - 1)))
+    slope = share[:, None] * (high - constant)
+    correction = (share * jnp.append(share[1:], 0.0))[:, None] * (implicit - jnp.pad(constant + slope, ((0, 0), (1, 0))))
+    # The y of `near` is a part of that of `space`, and the rest of the state, which x0_hat and eps_hat make up.
+    first, part = near.weights.sum(axis=1), (jnp.hypot(q, narrow) / jnp.hypot(q, s)) ** 2
+    explicit = slope.at[:, 0].add(part * first)
+    space = dataclasses.replace(space, factor=near.factor, noise=near.noise)
+    table = multistep(steps, space, explicit, jnp.pad(explicit, ((0, 0), (1, 0))) + correction)
+    rest = alpha * (s - narrow) * (s + narrow) / ((alpha * s) ** 2 + sigma**2)
+    return dataclasses.replace(table, state=table.state + rest * first)
 
 
 def _orders(num):
@@ -139,7 +180,7 @@ def sample_sde(
 ):
     """Samples by the reverse SDE.
 
-    The default is the textbook's, Euler-Maruyama in 1000 steps; `method="sa_solver", num_steps=20` to 50 costs far less.
+    The default is the textbook's, Euler-Maruyama in 1000 steps; `method="sde_adams", num_steps=20` costs far less.
 
     Args:
       score_fn: `(x (B, *event), t (B,)) -> (B, *event)`; see `as_score` for networks.

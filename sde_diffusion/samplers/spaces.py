@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from sde_diffusion.samplers.linear import Steps, Table
+from sde_diffusion.sde import Number
 
 # How wrong eps_hat is at the prior, of a network that predicts it.
 _EPS_ERROR = 0.002
@@ -69,6 +70,35 @@ def data_space(steps: Steps, corrected: bool = False) -> Space:
     if steps.noise_level is not None:
         noise = steps.sigma[1:] * root_decay(steps.noise_level * jnp.sqrt(2 * h))
     return Space(one, 0 * one, shrink * jnp.exp(-tau2 * h), h, points, weights * kernel, noise, h=h if corrected else None)
+
+
+def gaussian_space(steps: Steps, scale: Number | Float[Array, " steps"]) -> Space:
+    """y = x0_hat - s^2 eps_hat / q over l = log(alpha / sigma), q = sigma / alpha, for any noise level: the project's own.
+
+    Where the data is N(m, s^2 I), y is m whatever x and t: a method of any order is exact there, in any number of steps and for any tau.
+    With P^2 = s^2 + q^2, c = alpha P and r the ratio of P at the end of the step to P at its beginning
+
+    x_s = c_s / c_t r^(tau^2) x_t + alpha_s (1 + tau^2) int (P_s / P)^(1 + tau^2) (q / P)^2 y dl + c_s sqrt(1 - r^(2 tau^2)) z.
+
+    scale: s, one for all steps or one for each, `(N,)`; towards 0 this is `data_space`.
+    """
+    h, q = steps.h, jnp.exp(-steps.half_log_snr)
+    s = jnp.broadcast_to(jnp.asarray(scale, h.dtype), h.shape)
+    tau2 = jnp.asarray(0.0 if steps.noise_level is None else steps.noise_level, h.dtype) ** 2
+    # At zero SNR as at the one by which the steps count.
+    alpha = jnp.where(steps.alpha > 0, steps.alpha, steps.sigma * jnp.exp(steps.half_log_snr))
+    before, after = jnp.hypot(q[:-1], s), jnp.hypot(q[1:], s)
+    shrink = 0.5 * _log_ratio((q[:-1] / before) ** 2 * jnp.expm1(-2 * h), (after / before) ** 2)  # log r
+    points, weights = _quadrature(h)
+    there = q[:-1, None] * jnp.exp(-points)
+    around = jnp.hypot(there, s[:, None])
+    weights = weights * (after[:, None] / around) ** (1 + tau2) * (there / around) ** 2
+    # Their sum in closed form: in a step of many powers of e the kernel is too steep for the quadrature.
+    weights = weights * (-steps.alpha[1:] * jnp.expm1((1 + tau2) * shrink) / weights.sum(axis=1))[:, None]
+    factor = steps.alpha[1:] / alpha[:-1] * jnp.exp((1 + tau2) * shrink)
+    noise = None if steps.noise_level is None else steps.alpha[1:] * after * root_decay(steps.noise_level * jnp.sqrt(-2 * shrink))
+    s = jnp.append(s, s[-1])
+    return Space(jnp.ones_like(q), -s * (s / q), factor, h, points, weights, noise, h=h)
 
 
 def noise_space(steps: Steps) -> Space:
