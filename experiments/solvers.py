@@ -31,11 +31,11 @@ import jax.numpy as jnp
 import numpy as np
 
 import sde_diffusion as sd
+from experiments.stochastic import gaussian_error
 from sde_diffusion import data
 from sde_diffusion.samplers import ode
 from sde_diffusion.samplers import sde as reverse
 from sde_diffusion.samplers.grid import GRIDS
-from sde_diffusion.samplers.linear import Steps, Table
 
 BUDGETS = (5, 6, 8, 10, 15, 20, 30, 50)
 SIGMA_MAX, SIGMA_MIN = 80.0, 0.002
@@ -265,39 +265,6 @@ def ours(problem: Problem) -> dict[str, dict[int, tuple[float, str]]]:
             if steps >= solver.min_steps:
                 table[name][budget] = min((problem.error(method=name, num_steps=steps, grid=grid), grid) for grid in grids)
     return table
-
-
-def deviations(table: Table, sde, variance: np.ndarray) -> np.ndarray:
-    """Standard deviations `(D,)` of what an SDE solver makes of a Gaussian of these variances, from its exact marginal at t_max.
-
-    Of a Gaussian's score a solver is linear: the variance at the end is the sum of the squares of what the start, and the noise of each
-    step, come to on their own.
-    """
-    table = jax.tree.map(lambda a: np.asarray(a, np.float64), table)
-    rows, kept = table.history.shape
-
-    def marginal(t):
-        alpha, sigma = float(sde.alpha(t)), float(sde.sigma(t))
-        return alpha, sigma, alpha**2 * variance + sigma**2
-
-    x = np.concatenate([np.sqrt(marginal(sde.t_max)[2])[None], np.zeros((rows, len(variance)))])
-    past = np.zeros((kept, *x.shape))
-    for i in range(rows):
-        alpha, sigma, total = marginal(table.time[i])
-        said = (table.x0[i] * alpha * variance + table.eps[i] * sigma) / total * x
-        past = np.concatenate([said[None], past[:-1]])
-        x = table.state[i] * x + np.tensordot(table.history[i], past, 1)
-        x[i + 1] += table.noise[i]
-    return np.sqrt((x**2).sum(axis=0))
-
-
-def gaussian_error(method: str, sde, variance: np.ndarray, num_steps: int, noise_level=1.0, grid: str | None = None) -> float:
-    """How far an SDE solver's samples of this Gaussian are from it at t_min, in Wasserstein's distance (2) over the deviation, exactly."""
-    solver, s = reverse.METHODS[method], float(np.sqrt(variance.mean()))
-    times = sd.time_grid(sde, num_steps, grid or "student", sigma_data=s, event_size=len(variance))
-    steps = Steps.of(sde, times, s, len(variance), jnp.asarray(noise_level, jnp.float32))
-    exact = np.sqrt(float(sde.alpha(sde.t_min)) ** 2 * variance + float(sde.sigma(sde.t_min)) ** 2)
-    return rmse(deviations(solver(steps), sde, variance), exact) / s
 
 
 def stochastic(problem: Problem) -> dict[str, dict[int, float]]:

@@ -14,7 +14,7 @@ import scipy.stats
 from oracle import SDES, ZERO_SNR, eps_network, mixture, moment_z_scores, order
 
 import sde_diffusion as sd
-from experiments.solvers import deviations, gaussian_error
+from experiments.stochastic import deviations, gaussian_error
 from sde_diffusion.samplers import ode, spaces
 from sde_diffusion.samplers import sde as reverse
 from sde_diffusion.samplers.grid import within_first
