@@ -20,7 +20,7 @@ from sde_diffusion.analytic import GaussianMixture
 from sde_diffusion.bound import Bound, variational_bound
 from sde_diffusion.checkpoint import Checkpoints
 from sde_diffusion.likelihood import log_likelihood
-from sde_diffusion.sde import SDE
+from sde_diffusion.sde import SDE, check
 
 
 class Run(NamedTuple):
@@ -34,11 +34,14 @@ class Run(NamedTuple):
     config: ConfigDict
 
 
-def load_run(workdir: str | Path) -> Run:
+def load_run(workdir: str | Path, labels=None) -> Run:
     """The newest checkpoint of a workdir that `python -m sde_diffusion.main` wrote. The data need not be here: data.json tells their shape.
 
+    labels: classes of a conditional network (model.num_classes), `(B,)` ints: the score function is given these, for batches of B; None
+    for the score without a class.
+
     Raises:
-      ValueError: no config or no checkpoint there, none that can be read, or another data.json.
+      ValueError: no config or no checkpoint there, none that can be read, another data.json, or labels that are no classes of the network.
     """
     from sde_diffusion import train
 
@@ -48,12 +51,24 @@ def load_run(workdir: str | Path) -> Run:
             raise ValueError(f"no trained run in {path}; python -m sde_diffusion.main --workdir={workdir} makes one")
         config = configs.load(path / "config.json")
         configs.validate(config)
+        labels = None if labels is None else _classes(labels, config.model.get("num_classes"))
         facts = data.read_facts(path / "data.json") or data.load(**configs.data_options(config), in_memory=False).facts
         event_shape, scaler = tuple(facts["shape"]), data.Scaler(facts["levels"], config.data.centered)
         step, state = checkpoints.restore(train.abstract_state(config, event_shape, sharding.make_mesh()))
         params = state.ema
-    score_fn = configs.build_score(config, params)
+    score_fn = configs.build_score(config, params, labels)
     return Run(score_fn, configs.build_sde(config, params), event_shape, scaler, step, config)
+
+
+def _classes(labels, num_classes: int | None) -> jax.Array:
+    """labels as an array, or a ValueError."""
+    labels = np.asarray(labels)
+    check(num_classes is not None, "labels were given, but the run has no classes: model.num_classes is None")
+    check(
+        labels.ndim == 1 and np.issubdtype(labels.dtype, np.integer) and bool(((labels >= 0) & (labels < num_classes)).all()),
+        f"labels={labels.tolist()} must be integers from 0 to {num_classes - 1}, one for each example of a batch",
+    )
+    return jnp.asarray(labels, jnp.int32)
 
 
 def make_batch_sampler(config: ConfigDict, mesh, event_shape: tuple[int, ...]):

@@ -113,6 +113,30 @@ def test_a_run_is_opened_where_its_data_are_not(workdir, tmp_path, monkeypatch):
         sd.load_run(tmp_path / "run")
 
 
+@pytest.mark.slow
+def test_a_conditional_run_draws_the_classes_it_is_asked_for(tmp_path, workdir):
+    """Eight Gaussians in the plane, of which a label tells one: of 128 samples more than three quarters are nearest to it; by chance, an eighth."""
+    done = run(
+        "--config=configs/gaussian_mixture_2d.py", f"--workdir={tmp_path}", "--config.model.num_classes=8", "--config.train.num_steps=400",
+        "--config.optim.ema_decay=0.98", "--config.eval.ode=False", "--config.eval.bound_draws=1", "--config.eval.num_examples=8",
+        "--config.sample.num=8", "--config.eval.batch_size=8", "--config.sample.batch_size=8",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    labels = np.tile(np.arange(8), 16)
+    there = sd.load_run(tmp_path, labels)
+    x = np.asarray(sd.sample_ode(there.score_fn, there.sde, jax.random.key(0), (128, 2), num_steps=12))
+    examples = data.load("gaussian_mixture_2d")
+    points, classes = there.scaler.encode(np.asarray(examples.train[:])), np.asarray(examples.train_labels[:])
+    means = np.stack([points[classes == k].mean(axis=0) for k in range(8)])
+    nearest = ((x[:, None] - means[None]) ** 2).sum(axis=-1).argmin(axis=1)
+    assert (nearest == labels).mean() > 0.75
+    for wrong in ([8], [-1], [0.5], [[1]], 3):
+        with pytest.raises(ValueError, match=r"must be integers from 0 to 7, one for each example"):
+            sd.load_run(tmp_path, wrong)
+    with pytest.raises(ValueError, match="the run has no classes: model.num_classes is None"):
+        sd.load_run(workdir, [1])
+
+
 @pytest.fixture
 def without_data(workdir, tmp_path):
     """The workdir, copied to where its data are not."""
