@@ -1,12 +1,12 @@
 """The solvers of the reverse SDE on Gaussians, whose error needs no samples, beside diffusers'.
 
-    python -m experiments.stochastic [--levels=0.5,1,1.5]
+    python -m experiments.stochastic [--levels=0.5,1,1.5,2]
 
 Of a Gaussian's score a solver is linear in its start and in the noise of each step, so that the law of its samples is known. The error is
 Wasserstein's distance (2) of that to the Gaussian at t_min, from its exact marginal at t_max, over its standard deviation. Prints, for
 Gaussians whose variances fall as a power of their rank and each noise level, the error of `sde_adams` and its ratio to the best of the
 published solvers, the library's own (SDE-DPM-Solver++ 2M and 3M, SA-Solver) and with the extra `bench` installed diffusers' (SDE-DPM-Solver++
-2M, at noise level 1, and SA-Solver), each on the better of two grids (EDM's and uniform log-SNR).
+2M, of both types, at noise level 1, and SA-Solver), each on the best of three grids (EDM's, uniform log-SNR, and that of `sde_adams`).
 """
 
 import argparse
@@ -25,7 +25,7 @@ from sde_diffusion.samplers.sde import METHODS
 
 BUDGETS = (5, 6, 8, 10, 15, 20, 30, 50)
 PUBLISHED = ("sde_dpmpp_2m", "sde_dpmpp_3m", "sa_solver")
-GRIDS = ("edm", "log_snr")
+GRIDS = ("edm", "log_snr", "student")
 
 
 def power_law(size: int, power: float) -> np.ndarray:
@@ -81,7 +81,7 @@ def gaussian_error(method: str, sde, variance: np.ndarray, num_steps: int, level
 
 
 def diffusers_error(name: str, sde, variance: np.ndarray, num_steps: int, level: float, grid: str) -> float:
-    """The error of diffusers' "SDE-DPM-Solver++ 2M" or "SA-Solver", whose noise is set to one step's at a time."""
+    """The error of diffusers' "SDE-DPM-Solver++ 2M", by either formula, or "SA-Solver", whose noise is set to one step's at a time."""
     import torch
     from diffusers.schedulers import scheduling_dpmsolver_multistep as dpm
     from diffusers.schedulers import scheduling_sasolver as sa
@@ -90,7 +90,9 @@ def diffusers_error(name: str, sde, variance: np.ndarray, num_steps: int, level:
         solver = sa.SASolverScheduler(prediction_type="sample", tau_func=lambda t: level, predictor_order=3, corrector_order=3)
         solver.timestep_list = [None] * len(solver.timestep_list)
     else:
-        solver = dpm.DPMSolverMultistepScheduler(prediction_type="sample", algorithm_type="sde-dpmsolver++", solver_order=2)
+        solver = dpm.DPMSolverMultistepScheduler(
+            prediction_type="sample", algorithm_type="sde-dpmsolver++", solver_order=2, solver_type=name.rpartition(", ")[2]
+        )
     t = np.asarray(times(sde, variance, num_steps, grid))
     alpha, sigma = (np.asarray(f(t), np.float64) for f in (sde.alpha, sde.sigma))
     # diffusers knows sigma / alpha alone, and keeps the state of a variance-preserving process.
@@ -112,14 +114,14 @@ def diffusers_error(name: str, sde, variance: np.ndarray, num_steps: int, level:
 def best_published(sde, variance, num_steps: int, level: float) -> float:
     errors = [gaussian_error(method, sde, variance, num_steps, level, grid) for method, grid in itertools.product(PUBLISHED, GRIDS)]
     if importlib.util.find_spec("diffusers"):
-        names = ("SA-Solver", "SDE-DPM-Solver++ 2M") if level == 1 else ("SA-Solver",)
+        names = ("SA-Solver", *(("SDE-DPM-Solver++ 2M, midpoint", "SDE-DPM-Solver++ 2M, heun") if level == 1 else ()))
         errors += [diffusers_error(name, sde, variance, num_steps, level, grid) for name, grid in itertools.product(names, GRIDS)]
     return min(errors)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--levels", default="0.5,1,1.5", help="noise levels, by commas")
+    parser.add_argument("--levels", default="0.5,1,1.5,2", help="noise levels, by commas")
     levels = [float(level) for level in parser.parse_args().levels.split(",")]
     print(f"{jax.devices()[0].platform}, JAX {jax.__version__}, Python {platform.python_version()}")
     problems = list(itertools.product((16, 64, 768, 3072), (0.0, 1.0, 1.5), (sd.VE(), sd.VP())))

@@ -92,9 +92,9 @@ def gaussian_space(steps: Steps, scale: Number | Float[Array, " steps"]) -> Spac
     points, weights = _quadrature(h)
     there = q[:-1, None] * jnp.exp(-points)
     around = jnp.hypot(there, s[:, None])
-    weights = weights * (after[:, None] / around) ** (1 + tau2) * (there / around) ** 2
     # Their sum in closed form: in a step of many powers of e the kernel is too steep for the quadrature.
-    weights = weights * (-steps.alpha[1:] * jnp.expm1((1 + tau2) * shrink) / weights.sum(axis=1))[:, None]
+    kernel = jax.nn.softmax(jnp.log(weights) + 2 * jnp.log(there / around) - (1 + tau2) * jnp.log(around), axis=1)
+    weights = -steps.alpha[1:, None] * jnp.expm1((1 + tau2) * shrink)[:, None] * kernel
     factor = steps.alpha[1:] / alpha[:-1] * jnp.exp((1 + tau2) * shrink)
     noise = None if steps.noise_level is None else steps.alpha[1:] * after * root_decay(steps.noise_level * jnp.sqrt(-2 * shrink))
     s = jnp.append(s, s[-1])
