@@ -6,6 +6,7 @@ A config file returns `experiment(section=dict(key=value))`; all other keys keep
 import dataclasses
 import inspect
 import json
+import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -277,9 +278,16 @@ def validate(config: ConfigDict) -> None:
     method = sample_method(config)
     if config.sample.sampler == "ode" and method.endswith(".json"):
         try:
-            LearnedSolver.load(method).check(sde)
+            solver = LearnedSolver.load(method)
+            solver.check(sde)
         except ValueError as error:
             raise ValueError(f"sample.method: {error}") from None
+        end = config.sample.t_end
+        check(
+            config.sample.grid is None and (end is None or math.isclose(end, float(solver.times[-1]), rel_tol=1e-5)),
+            f"sample.method={method} is a fitted solver with its own times, which end at {float(solver.times[-1]):g}: leave sample.grid and "
+            "sample.t_end at None, or fit another",
+        )
     else:
         solver = find(methods, method, f"sample.method of the {config.sample.sampler} sampler:")
         check_start(solver, method, sde, config.sample.num_steps)

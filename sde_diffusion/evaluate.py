@@ -408,6 +408,9 @@ def write_samples(config: ConfigDict, workdir: Path, samples: np.ndarray, step: 
     """Writes samples to `workdir/samples/NAME.npz` and a picture beside it; the name tells step, sampler and seed."""
     stem = workdir / "samples" / f"step{step}_{_sampler_name(config, '_')}_seed{config.sample.seed}_{len(samples)}"
     stem.parent.mkdir(parents=True, exist_ok=True)
+    method, num_steps = configs.sample_method(config), config.sample.num_steps
+    if method.endswith(".json") and (nfe := samplers.LearnedSolver.load(method).nfe) != num_steps:
+        print(f"{method} has {nfe} evaluations of its own: sample.num_steps={num_steps} is for other methods", flush=True)
     images = dataset.num_levels is not None
     np.savez_compressed(f"{stem}.npz", samples=np.asarray(scaler.to_uint8(samples)) if images else samples)
     picture = stem.with_name(stem.name + ".png")

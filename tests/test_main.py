@@ -178,6 +178,10 @@ def test_a_solver_is_fitted_to_a_run_where_its_data_are_not_and_samples_from_it(
     assert done.returncode == 0, done.stderr[-3000:]
     (file,) = (workdir / "samples").glob("*solver_3*.npz")
     assert np.load(file)["samples"].shape == (4, 8, 8, 1)
+    assert f"{solver} has 3 evaluations of its own: sample.num_steps=2 is for other methods" in done.stdout
+    for wrong in ("grid=edm", "t_end=0.01"):
+        done = run(f"--workdir={workdir}", "--mode=sample", f"--config.sample.method={solver}", f"--config.sample.{wrong}")
+        assert done.returncode == 2 and "is a fitted solver with its own times" in done.stderr, done.stderr[-3000:]
 
 
 @pytest.mark.slow
