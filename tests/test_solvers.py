@@ -170,7 +170,7 @@ def test_sde_adams_is_not_behind_at_any_noise_level(level, most):
             assert ours == pytest.approx(theirs, rel=1e-4) if num < max(4, fewest) else ours < most * theirs, (num, ours, theirs)
 
 
-@pytest.mark.parametrize("num_steps", [2, 3, 5, 9])
+@pytest.mark.parametrize("num_steps", [5, 9])  # fewer are sde_dpmpp_2m's
 @pytest.mark.parametrize("scale", [0.25, 1.0, 4.0])
 def test_sde_adams_survives_any_grid(num_steps, scale):
     """Of 80 random grids 19 of 20 leave an error of less than the data's deviation, none of twice that, told it wrongly by 4 or not."""
