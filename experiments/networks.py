@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import sde_diffusion as sd
-from experiments.solvers import diffusers_samples
+from experiments.peers import diffusers_samples
 from sde_diffusion import config, data
 from sde_diffusion.evaluate import load_run
 from sde_diffusion.report import energy_distance

@@ -31,13 +31,13 @@ import jax.numpy as jnp
 import numpy as np
 
 import sde_diffusion as sd
-from experiments.stochastic import gaussian_error
+from experiments.peers import diffusers_samples
+from experiments.stochastic import BUDGETS, gaussian_error
 from sde_diffusion import data
 from sde_diffusion.samplers import ode
 from sde_diffusion.samplers import sde as reverse
 from sde_diffusion.samplers.grid import GRIDS
 
-BUDGETS = (5, 6, 8, 10, 15, 20, 30, 50)
 SIGMA_MAX, SIGMA_MIN = 80.0, 0.002
 
 
@@ -289,39 +289,6 @@ def learned(problem: Problem) -> dict[int, dict]:
         seconds = time.perf_counter() - began
         out[budget] = {"rmse": problem.error(method=solver), "seconds": seconds, **json.loads(solver.facts)}
     return out
-
-
-def diffusers_samples(sde, predict, start, budgets):
-    """(solver, budget, grid, end points) of diffusers' solvers from these states, on EDM's grid and uniform log(sigma / alpha)."""
-    import torch
-    from diffusers import DEISMultistepScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
-
-    kinds = {
-        "DDIM": (DPMSolverMultistepScheduler, {"solver_order": 1}),
-        "DPM-Solver++ 2M": (DPMSolverMultistepScheduler, {"solver_order": 2}),
-        "DPM-Solver++ 3M": (DPMSolverMultistepScheduler, {"solver_order": 3}),
-        "UniPC-2": (UniPCMultistepScheduler, {"solver_order": 2, "solver_type": "bh2"}),
-        "UniPC-3": (UniPCMultistepScheduler, {"solver_order": 3, "solver_type": "bh2"}),
-        "DEIS-3": (DEISMultistepScheduler, {"solver_order": 3}),
-    }
-    predict = jax.jit(predict)
-    for (name, (scheduler, options)), budget, grid in itertools.product(kinds.items(), budgets, ("edm", "log_snr")):
-        t = np.asarray(sd.time_grid(sde, budget, grid))
-        alpha, sigma = (np.asarray(f(t), np.float64) for f in (sde.alpha, sde.sigma))
-        # diffusers knows sigma / alpha alone, and keeps the state of a variance-preserving process.
-        scale = np.hypot(alpha, sigma)
-        solver = scheduler(prediction_type="sample", **options)
-        solver.set_timesteps(budget)
-        solver.sigmas = torch.from_numpy(sigma / alpha)
-        solver.timesteps = torch.arange(budget)
-        solver.num_inference_steps = budget
-        solver.model_outputs = [None] * solver.config.solver_order
-        state = torch.from_numpy(np.asarray(start, np.float64) / scale[0])
-        for i in range(budget):
-            x = jnp.asarray(state.numpy() * scale[i], jnp.float32)
-            x0 = predict(x, jnp.full(len(x), t[i]))[0]
-            state = solver.step(torch.from_numpy(np.asarray(x0, np.float64)), solver.timesteps[i], state).prev_sample
-        yield name, budget, grid, state.numpy() * scale[-1]
 
 
 def peers(problem: Problem) -> dict[str, dict[int, tuple[float, str]]]:

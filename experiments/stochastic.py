@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import sde_diffusion as sd
+from experiments.peers import on_times
 from sde_diffusion.samplers.linear import Steps, Table
 from sde_diffusion.samplers.sde import METHODS
 
@@ -94,17 +95,13 @@ def diffusers_error(name: str, sde, variance: np.ndarray, num_steps: int, level:
             prediction_type="sample", algorithm_type="sde-dpmsolver++", solver_order=2, solver_type=name.rpartition(", ")[2]
         )
     t = np.asarray(times(sde, variance, num_steps, grid))
-    alpha, sigma = (np.asarray(f(t), np.float64) for f in (sde.alpha, sde.sigma))
-    # diffusers knows sigma / alpha alone, and keeps the state of a variance-preserving process.
-    scale = np.hypot(alpha, sigma)
-    solver.set_timesteps(num_steps)
-    solver.sigmas, solver.timesteps, solver.num_inference_steps = torch.from_numpy(sigma / alpha), torch.arange(num_steps), num_steps
-    solver.model_outputs = [None] * len(solver.model_outputs)
+    scale = on_times(solver, sde, t)
     state = torch.from_numpy(impulses(sde, variance, num_steps) / scale[0])
     for i in range(num_steps):
         noise = torch.zeros_like(state)
         noise[i + 1] = 1.0
-        x0 = state * torch.from_numpy(scale[i] * alpha[i] * variance / (alpha[i] ** 2 * variance + sigma[i] ** 2))
+        alpha, _, total = marginal(sde, t[i], variance)
+        x0 = state * torch.from_numpy(scale[i] * alpha * variance / total)
         with mock.patch.object(dpm, "randn_tensor", lambda *_, noise=noise, **__: noise):
             with mock.patch.object(sa, "randn_tensor", lambda *_, noise=noise, **__: noise):
                 state = solver.step(x0, solver.timesteps[i], state).prev_sample
